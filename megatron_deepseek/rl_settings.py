@@ -59,6 +59,7 @@ class RolloutSettings:
     keep_sampling_mask: bool = False
     tp: int | None = None
     ep: int | None = None
+    engine_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ReinforcementSettings:
     seconds of a call; `reward_workers`: processes. `reference_refresh_interval`: updates after which the reference
     becomes the model of the moment, None for never. `dynamic_sampling`: prompts whose answers all have one reward are
     replaced by others, in `max_sampling_rounds` rounds at most. `overlong_buffer`: over so many tokens before the
-    longest completion the penalty of --overlong penalty rises from 0 to 1.
+    longest completion the penalty of --overlong penalty rises from 0 to 1. `eval_prompts`: files of held-out prompts.
     """
 
     prompts: tuple[str, ...]
@@ -91,3 +92,4 @@ class ReinforcementSettings:
     dynamic_sampling: bool = False
     max_sampling_rounds: int = 4
     overlong_buffer: int | None = None
+    eval_prompts: tuple[str, ...] = ()

@@ -73,6 +73,8 @@ def _add_prompts(parser):
     add = parser.add_argument_group("prompts", "docs/grpo.md").add_argument
     add("--prompts", type=str, nargs="+", metavar="FILE", required=True,
         help="JSONL, JSON or parquet files, globs or directories of rows with a prompt")
+    add("--eval-prompts", type=str, nargs="+", metavar="FILE",
+        help="held-out prompts, whose likeliest answers are rewarded every --eval-interval iterations (none)")
     add("--prompt-column", type=str, metavar="NAME", help="where a row has it, a text or messages (prompt or messages)")
     add("--answer-column", type=str, metavar="NAME", help="what rewards find as a row's answer (answer)")
     add("--template", type=str, choices=TEMPLATES, default=_REINFORCEMENT.template,
@@ -170,6 +172,7 @@ def grpo_settings(args) -> dict[str, PolicyLossSettings | RolloutSettings | Rein
     loss = _fill(PolicyLossSettings, args, loss_constant=constant if args.loss_aggregation == CONSTANT else None)
     buffer = max(1, args.max_completion_length // 5) if args.overlong_buffer is None else args.overlong_buffer
     reinforcement = _fill(ReinforcementSettings, args, prompts=tuple(args.prompts), reward=tuple(args.reward),
+                          eval_prompts=tuple(args.eval_prompts or ()),
                           overlong_buffer=buffer if args.overlong == PENALTY else None)
     return {"policy_loss": loss, "rollout": rollout, "reinforcement": reinforcement}
 

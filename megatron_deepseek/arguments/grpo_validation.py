@@ -55,6 +55,8 @@ GRPO = (
     _rule("dropout is for training alone, and rollouts have none", lambda r: bool(r.args.lora_dropout),
           "--lora-dropout {r.args.lora_dropout} conflicts with reinforcement learning: rollouts have no dropout, so "
           "that every ratio would be wrong"),
+    _rule("a reference needs --load", lambda r: r.args.kl != NO_KL and r.args.load is None,
+          "--kl {r.args.kl} needs --load: random weights are no reference"),
     _alone("kl_beta", lambda r: r.args.kl == NO_KL, "--kl k3 or unbiased"),
     _alone("reference_refresh_interval", lambda r: r.args.kl == NO_KL, "--kl k3 or unbiased"),
     _rule("the reference would change within a rollout",
@@ -62,6 +64,11 @@ GRPO = (
           and bool(r.args.reference_refresh_interval % r.updates_per_rollout),
           "--reference-refresh-interval {r.args.reference_refresh_interval} is not a multiple of the "
           "{r.updates_per_rollout} updates of a rollout"),
+    _rule("evaluation needs held-out prompts",
+          lambda r: r.args.eval_interval is not None and not r.args.eval_prompts,
+          "--eval-interval {r.args.eval_interval} needs --eval-prompts"),
+    _rule("all held-out prompts are answered", lambda r: r.args.eval_iters is not None,
+          "--eval-iters {r.args.eval_iters} is not for this entry, which answers all --eval-prompts"),
     _alone("loss_constant", lambda r: r.args.loss_aggregation != CONSTANT, f"--loss-aggregation {CONSTANT}"),
     _alone("overlong_buffer", lambda r: r.args.overlong != PENALTY, f"--overlong {PENALTY}"),
     _rule("the buffer is longer than a completion",

@@ -14,6 +14,7 @@ from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.base_weights import base_settings
+from megatron_deepseek.arguments.distillation import distillation_settings, logit_cache_settings
 from megatron_deepseek.arguments.grpo import grpo_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
@@ -223,14 +224,15 @@ def _tokenizer_model(request: Request) -> str | None:
 def _fine_tuning(request: Request) -> FineTuningSettings:
     args = request.args
     return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()),
-                 preference=preference_settings(args))
+                 preference=preference_settings(args), distillation=distillation_settings(args),
+                 logit_cache=logit_cache_settings(args))
 
 
 def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
     evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else \
-        request.pretrains and request.evaluates
+        bool(args.eval_prompts) if request.reinforces else request.evaluates
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 eval_tasks=tuple(args.eval_tasks or ()),

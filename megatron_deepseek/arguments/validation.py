@@ -5,6 +5,7 @@ All that applies is reported, but for what only follows from something that is r
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.distillation import DISTILLATION
 from megatron_deepseek.arguments.experts_validation import EXPERTS, OVERLAP, OVERLAPPED_DISPATCH, without_experts
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
 from megatron_deepseek.arguments.base_weights import BASE_WEIGHTS
@@ -255,6 +256,7 @@ TOPICS = (
     Topic("base weights", BASE_WEIGHTS, after=("ranks", "sizes", "experts")),
     Topic("fine-tuning", FINE_TUNING),
     Topic("preference", PREFERENCE),
+    Topic("distillation", DISTILLATION),
     Topic("reinforcement", GRPO, after=("ranks", "batch")),
 )
 RULES = tuple(rule for topic in TOPICS for rule in topic.rules)

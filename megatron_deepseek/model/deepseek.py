@@ -100,7 +100,8 @@ class DeepseekStage(nn.Module):
         labels_BMS = micro_batch.rows.labels_BMS
         x = self._embed(x, micro_batch) if self.stage.embedding else received(x)
         *states, current = x.split(labels_BMS.shape[0])
-        positions = Positions(self.rope_2SD[:, :labels_BMS.shape[2]], micro_batch.mask, micro_batch.keys)
+        positions = Positions(self.rope_2SD[:, :labels_BMS.shape[2]], micro_batch.mask, micro_batch.keys,
+                              micro_batch.replay)
         routed = [None] * labels_BMS.shape[1] if micro_batch.routed_BMS is None else micro_batch.routed_BMS.unbind(1)
         for index in self.stage.layers:
             current = self._layer(index, step, positions, routed[0], current)

@@ -49,6 +49,14 @@ class OutputHead:
         self.tp, self.chunk_size, self._weight, self._gemm = tp, chunk_size, weight, gemm
         self.cross_entropy = CrossEntropy()
 
+    def rows(self) -> torch.Tensor:
+        """Return this rank's rows of the weight, [v, H], in what is computed in; to be called during a forward."""
+        return self._weight()
+
+    def inputs(self, state_BSH: torch.Tensor) -> torch.Tensor:
+        """Return the state of the whole local sequence, [B, S, H], the same on all TP ranks."""
+        return self.tp.enter(state_BSH)
+
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """Return the logits of this rank's part of the vocabulary, [B, S, v]."""
         return self._gemm()(self.tp.enter(state_BSH), self._weight())
@@ -74,7 +82,7 @@ class OutputHead:
 
     def entropy(self, state_BSH: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """Return the entropy of each token's softmax of logits / temperature, in nats, [B, S], in at least float32."""
-        return self.for_chunks(state_BSH, lambda logits: logits.tempered(temperature).entropy())
+        return self.for_chunks(state_BSH, lambda logits: logits.at_temperature(temperature).entropy())
 
     def for_chunks(self, state_BSH: torch.Tensor, function: Callable, *per_token: torch.Tensor):
         """Return `function(logits, *per_token)` for all tokens, by chunks: a tensor [B, S, ...], or a tuple of them.
@@ -103,7 +111,7 @@ class OutputHead:
 def _drawn(logits: VocabularyLogits, labels_T: torch.Tensor, kept_TM: torch.Tensor | None = None, *,
            temperature: float) -> torch.Tensor:
     """Return log p of labels that were drawn at a temperature, and among the kept ids where there are any."""
-    logits = logits.tempered(temperature)
+    logits = logits.at_temperature(temperature)
     return logits.log_probabilities(labels_T) if kept_TM is None else logits.log_probabilities_among(labels_T, kept_TM)
 
 

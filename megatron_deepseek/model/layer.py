@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, index: int, blueprint: Blueprint):
         super().__init__()
         config, tp = blueprint.config, blueprint.tp
-        self.is_moe = config.is_moe_layer(index)
+        self.is_moe, self.place = config.is_moe_layer(index), config.place_among_moe(index)
         self.normed = recomputed if "layernorm" in blueprint.recomputed else kept
         recipe = blueprint.recipe
         only_products = config.q_lora_rank is not None or tp.size == 1  # else the input itself is gathered over TP
@@ -51,7 +51,8 @@ class DecoderLayer(nn.Module):
         with self.normed(self.post_attention_layernorm, x_BSH) as normed_BSH:
             if not self.is_moe:
                 return x_BSH + self.mlp(normed_BSH, positions.keys.own_BS), None
-            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS, positions.keys.own_BS)
+            y_BSH, stats = self.mlp(normed_BSH, global_sequences, routed_BS, positions.keys.own_BS,
+                                    positions.replay.of_layer(self.place))
         return x_BSH + y_BSH, stats
 
 

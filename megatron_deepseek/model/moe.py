@@ -33,12 +33,14 @@ ROW_PARALLEL = Shard(0), Shard(2)
 class RouterStats:
     """Statistics of one layer and micro-batch on this rank.
 
-    counts_E: tokens that chose each expert, int64. `dropped`: how many of these copies were dropped. `balance_loss`:
-    this rank's share of it. `cross_node_sends`: how often a token was sent to another node. experts_BSK: the experts
-    that each of its tokens chose, int64, with DROPPED for tokens that are not routed.
+    counts_E: tokens that chose each expert, int64, without those whose experts were given. `copies`: how many copies of
+    tokens experts were to get, of both kinds; `dropped`: how many of these were dropped. `balance_loss`: this rank's
+    share of it. `cross_node_sends`: how often a token was sent to another node. experts_BSK: the experts that each of
+    its tokens has, int64, with DROPPED for tokens that are not routed.
     """
 
     counts_E: torch.Tensor
+    copies: torch.Tensor
     dropped: torch.Tensor
     balance_loss: torch.Tensor
     cross_node_sends: int
@@ -122,20 +124,23 @@ class MoE(nn.Module):
                                       recipe.linear)
 
     def forward(self, x_BSH: torch.Tensor, global_sequences: int, routed_BS: torch.Tensor | None = None,
-                keys_BS: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats]:
+                keys_BS: torch.Tensor | None = None, replayed_BSK: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, RouterStats]:
         """Return what the experts make of x, and the router's statistics.
 
         `routed_BS`: the tokens of this rank's part of the sequences, whole over TP, that go to routed experts and count
         for their balance; None for all. `keys_BS`: those of the same tokens, by which adapters drop features.
+        `replayed_BSK`: the experts that the same tokens are given (model/positions.py); these tokens do not count for
+        the balance, which this router had no say in.
         """
         # 1. Each tensor-parallel rank routes its own tokens to K of the E routed experts.
         own_BSH, own_routed_BS = self.tp.own_tokens(whole(x_BSH)), self.tp.own_keys(routed_BS)
         keys_T = None if keys_BS is None else self.tp.own_keys(keys_BS).flatten()
         x_TH, num_sequences = own_BSH.flatten(0, 1), len(own_BSH)
-        routing = self.gate(x_TH, self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None, keys_T)
-        chosen_TK = routing.experts_TK
-        if own_routed_BS is not None:
-            chosen_TK = chosen_TK.where(own_routed_BS.reshape(-1, 1), DROPPED)
+        replayed_TK = None if replayed_BSK is None else self.tp.own_keys(replayed_BSK).flatten(0, 1)
+        positions_T = self._positions(own_BSH).repeat(num_sequences) if self.gate.forced else None
+        routing = self.gate(x_TH, positions_T, keys_T, replayed_TK)
+        chosen_TK = _routed(routing.experts_TK, own_routed_BS)
         kept_TK = chosen_TK if self.capacity is None else self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)
         route = self.dispatcher.route(kept_TK)
 
@@ -150,22 +155,23 @@ class MoE(nn.Module):
         y_TH, cross_node_sends = self.dispatcher(rows_TH, route, routing.weights_TK, self.experts, keys_T)
 
         # 4. The balance loss is attached to y, through which the backward passes in any case.
-        y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, own_routed_BS)
+        counted_BS = _counted(own_routed_BS, replayed_TK, own_BSH)
+        y_TH, loss = self._balanced(y_TH, routing, num_sequences, global_sequences, counted_BS)
 
         # 5. Return to the stream between regions, and add the shared experts' output.
         y_BSH = self.tp.all_tokens(y_TH.view_as(own_BSH))
         if self.config.n_shared_experts:
             y_BSH = y_BSH + shared.result()
-        counts_E = count_choices(chosen_TK + 1, self.config.n_routed_experts + 1)[1:]
-        return y_BSH, RouterStats(counts_E, (kept_TK != chosen_TK).sum(), loss, cross_node_sends,
-                                  chosen_TK.unflatten(0, own_BSH.shape[:2]))
+        counts_E = count_choices(_routed(chosen_TK, counted_BS) + 1, self.config.n_routed_experts + 1)[1:]
+        return y_BSH, RouterStats(counts_E, (chosen_TK != DROPPED).sum(), (kept_TK != chosen_TK).sum(), loss,
+                                  cross_node_sends, chosen_TK.unflatten(0, own_BSH.shape[:2]))
 
     def _balanced(self, y_TH: torch.Tensor, routing: Routing, num_sequences: int, global_sequences: int,
-                  routed_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+                  counted_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y with this rank's share of the balance loss attached, and the share, without gradient."""
         if not (self.balance.any and self.training):
             return y_TH, routing.scores_TE.new_zeros(())
-        loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sequence_group, routed_BS)
+        loss = balance_loss(routing, num_sequences, self.config, self.balance, self.sequence_group, counted_BS)
         loss = loss / global_sequences
         return attach_loss(y_TH, loss), loss.detach()
 
@@ -179,3 +185,17 @@ class MoE(nn.Module):
                          ) -> torch.Tensor:
         experts_BSK, weights_BSK = (x.unflatten(0, own_BSH.shape[:2]) for x in (experts_TK, weights_TK))
         return self.capacity.keep(experts_BSK, weights_BSK, self._positions(own_BSH), self.sequence_group).flatten(0, 1)
+
+
+def _routed(experts_TK: torch.Tensor, routed_BS: torch.Tensor | None) -> torch.Tensor:
+    """Return the experts with DROPPED in place of those of tokens that are not in `routed_BS`; None for all."""
+    return experts_TK if routed_BS is None else experts_TK.where(routed_BS.reshape(-1, 1), DROPPED)
+
+
+def _counted(routed_BS: torch.Tensor | None, replayed_TK: torch.Tensor | None, own_BSH: torch.Tensor
+             ) -> torch.Tensor | None:
+    """Return which of this rank's tokens chose experts by themselves, None for all."""
+    if replayed_TK is None:
+        return routed_BS
+    free_BS = (replayed_TK[:, 0] < 0).view(own_BSH.shape[:2])
+    return free_BS if routed_BS is None else free_BS & routed_BS

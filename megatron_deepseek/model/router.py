@@ -46,24 +46,32 @@ class Router(nn.Module):
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None, keys_T: torch.Tensor | None = None
-                ) -> Routing:
+    def forward(self, x_TH: torch.Tensor, positions_T: torch.Tensor | None = None, keys_T: torch.Tensor | None = None,
+                replayed_TK: torch.Tensor | None = None) -> Routing:
         """Route tokens. `positions_T`, their places in their sequences, are read only where the balance is forced,
-        `keys_T` where an adapter drops features.
+        `keys_T` where an adapter drops features. `replayed_TK`: the experts of tokens that were routed before
+        (model/positions.py).
         """
+        assert not self.forced or replayed_TK is None, "a forced balance leaves nothing to replay"
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         weight_EH = local_weight(self.weight, self.weight_grad)
         logits_TE = self.gemm.keyed(keys_T)(x_TH, weight_EH.to(wide))
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
-        forced_TK = balanced_choice(positions_T, self.config) if self.forced else None
-        return Routing(*self.choose(logits_TE, bias_E, forced_TK, self.config))
+        given_TK = balanced_choice(positions_T, self.config) if self.forced else replayed_TK
+        return Routing(*self.choose(logits_TE, bias_E, given_TK, self.config))
 
 
-def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, forced_TK: torch.Tensor | None, config: ModelConfig
+def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, given_TK: torch.Tensor | None, config: ModelConfig
           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return Routing's tensors of the router's logits, for the experts `forced_TK` where they are given."""
+    """Return Routing's tensors of the router's logits, for the experts `given_TK` where they are given.
+
+    A row of these that begins with -1 is left to the router. The weights of given experts are made from all scores as
+    those of chosen ones are, so that gradients go the same way; neither the bias nor a group limit has a say in them.
+    """
     scores_TE = logits_TE.softmax(-1) if config.scoring_func == "softmax" else logits_TE.sigmoid()
-    experts_TK = choose_experts(scores_TE, bias_E, config) if forced_TK is None else forced_TK
+    experts_TK = choose_experts(scores_TE, bias_E, config)
+    if given_TK is not None:
+        experts_TK = experts_TK.where(given_TK[:, :1] < 0, given_TK)
     return experts_TK, expert_weights(scores_TE, experts_TK, config), scores_TE
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.moe import RouterStats
 from megatron_deepseek.model.noise import EmbeddingNoise
-from megatron_deepseek.model.positions import TokenKeys
+from megatron_deepseek.model.positions import Replay, TokenKeys
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.parallel.sequence_sums import SequenceSums
 
@@ -65,7 +65,8 @@ class MicroBatch:
 
     `routed_BMS`: which positions go to routed experts (`shifts.routed_tokens`), None for all. `mask`: what each token
     sees, the same for every layer. `noise`: what is added to the embeddings, None for nothing.
-    `keys`: what adapters' dropout knows the tokens by; without any, nothing is dropped.
+    `keys`: what adapters' dropout knows the tokens by; without any, nothing is dropped. `replay`: the experts that were
+    chosen for them; without any, routers choose.
     """
 
     rows: Rows
@@ -73,6 +74,7 @@ class MicroBatch:
     mask: CausalMask = CausalMask()
     noise: EmbeddingNoise | None = None
     keys: TokenKeys = TokenKeys()
+    replay: Replay = Replay()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +92,16 @@ class Contribution:
 class StepStatistics:
     """What a step's forwards report on this rank, added up over its micro-batches.
 
-    `reports`: an objective's, by name; `expert_counts`: by layer name; `dropped`: token copies above experts' capacity;
+    `reports`: an objective's, by name; `expert_counts`: by layer name, of tokens whose experts were not given;
+    `copies`: those of tokens that experts were to get; `dropped`: those of them above experts' capacity;
     `cross_node_sends`: how often a token was sent to another node; `chosen`: if asked for, the experts that each
-    micro-batch's tokens chose [B, own S, K], by layer name.
+    micro-batch's tokens have [B, own S, K], by layer name.
     """
 
     reports: dict[str, torch.Tensor] = field(default_factory=dict)
     balance_loss: torch.Tensor | float = 0.0
     expert_counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    copies: torch.Tensor | int = 0
     dropped: torch.Tensor | int = 0
     cross_node_sends: int = 0
     chosen: dict[str, list[torch.Tensor]] | None = None
@@ -111,6 +115,7 @@ class StepStatistics:
             return
         self.balance_loss = self.balance_loss + stats.balance_loss
         self.cross_node_sends = self.cross_node_sends + stats.cross_node_sends
+        self.copies = self.copies + stats.copies
         self.dropped = self.dropped + stats.dropped
         self.expert_counts[layer] = self.expert_counts.get(layer, 0) + stats.counts_E
         if self.chosen is not None:

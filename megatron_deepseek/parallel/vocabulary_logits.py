@@ -3,15 +3,17 @@
 Shapes: T tokens, V vocabulary, v = V/tp this rank's part of it, K or M ids of each token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.collectives import sum_alike
+from megatron_deepseek.parallel.collectives import all_gather, sum_alike
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import local_ids, log_normalizer
+
+_NEVER = -1e30  # the logit of an id that is left out: its probability is 0, and 0 times its logarithm is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +76,40 @@ class VocabularyLogits:
         kept = logits_TM[:, 1:].masked_fill(~(there_TM | all_T1), -torch.inf)
         return logits_TM[:, 0] - kept.logsumexp(-1).where(~all_T1.squeeze(-1), self.log_normalizer_T)
 
-    def tempered(self, temperature: float) -> "VocabularyLogits":
+    def at_temperature(self, temperature: float) -> "VocabularyLogits":
         """Return the logits divided by the temperature."""
-        return self if temperature == 1 else VocabularyLogits(self.wide_Tv / temperature, self.tp)
+        return self if temperature == 1 else replace(self, local_Tv=self.wide_Tv / temperature)
+
+    def of_first(self, number: int) -> "VocabularyLogits":
+        """Return the logits of the first ids of the vocabulary; those behind them, its padding, are never predicted."""
+        mine = number - self.tp.rank * self.local_Tv.shape[-1]
+        if mine >= self.local_Tv.shape[-1]:
+            return self
+        left_out_v = torch.arange(self.local_Tv.shape[-1], device=self.local_Tv.device) >= mine
+        return replace(self, local_Tv=self.wide_Tv.masked_fill(left_out_v, _NEVER))
+
+    def log_probabilities_of_all(self) -> torch.Tensor:
+        """Return log p of this rank's columns, [T, v], finite and without a gradient."""
+        wide_Tv = self.wide_Tv.detach()
+        return (wide_Tv - self.log_normalizer_T.detach().unsqueeze(-1)).clamp_(min=_NEVER)
+
+    def top(self, number: int) -> torch.Tensor:
+        """Return the ids with the largest logits, int64 [T, number], the largest first, without a gradient."""
+        own = min(number, self.local_Tv.shape[-1])
+        logits_TK, ids_TK = self.wide_Tv.detach().topk(own)
+        ids_TK = ids_TK + self.tp.rank * self.local_Tv.shape[-1]
+        if self.tp.size == 1:
+            return ids_TK
+        logits_TK, ids_TK = (all_gather(each, 1, self.tp.group) for each in (logits_TK, ids_TK))
+        return ids_TK.gather(-1, logits_TK.topk(number).indices)
+
+    def log_rest(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the log of the probability of all ids but those of `ids_TK`, [T]; very low where there are none."""
+        columns = self.local_Tv.shape[-1]
+        local_TK, mine_TK = local_ids(ids_TK, columns, self.tp)
+        named_Tv = torch.zeros(len(ids_TK), columns + 1, dtype=torch.bool, device=ids_TK.device)
+        named_Tv = named_Tv.scatter_(-1, local_TK.where(mine_TK, columns), True)[:, :columns]  # others' in the last one
+        return log_normalizer(self.wide_Tv.masked_fill(named_Tv, _NEVER), self.tp) - self.log_normalizer_T
 
     def entropy(self) -> torch.Tensor:
         """Return -sum of p log p over the vocabulary, in nats, [T]."""

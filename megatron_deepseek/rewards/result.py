@@ -51,8 +51,13 @@ def result_of(specs: Sequence[RewardSpec], found: Mapping[str, Sequence[Value]],
     failed = {name: [each for each in own if isinstance(each, Failure)] for name, own in found.items()}
     failures = {name: dict(Counter(each.kind for each in own)) for name, own in failed.items() if own}
     examples = {name: {each.kind: each.message for each in reversed(own)} for name, own in failed.items() if own}
-    total = [_sum([(spec.weight, values[spec.name][place]) for spec in specs]) for place in range(count)]
-    return RewardResult(values, total, failures, examples)
+    return RewardResult(values, totals(specs, values, count), failures, examples)
+
+
+def totals(specs: Sequence[RewardSpec], values: Mapping[str, Sequence[float | None]], count: int
+           ) -> list[float | None]:
+    """Return the weighted sums of the values of `count` completions, over the rewards that have one."""
+    return [_sum([(spec.weight, values[spec.name][place]) for spec in specs]) for place in range(count)]
 
 
 def _sum(weighted: Sequence[tuple[float, float | None]]) -> float | None:

@@ -1,4 +1,4 @@
-"""Prompts: read from files on rank 0, written in a template, and drawn in an order that seed and number decide alone."""
+"""Prompts: read from files on rank 0, written in a template, and drawn in an order that seed and number decide."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from megatron_deepseek.settings import DataSettings
 TEXT = "none"  # of --template: no template
 ANSWER = "answer"  # the column in which rewards find what is right
 _COLUMNS = ("prompt", "messages")
-_NEEDED = 1  # a completion has a token at least
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,15 @@ def _conversation(row: Mapping[str, Any], asked: Any) -> Conversation:
     return Conversation(tuple(turns), read_tools(row.get("tools")))
 
 
-def read_prompts(settings: ReinforcementSettings, data: DataSettings, longest_completion: int,
-                 say: Callable[[str], None]) -> Prompts:
-    """Read all prompts. Raise ValueError, in one line, for files without any, and for more bad rows than are allowed."""
-    files = _files(settings.prompts)
+def read_prompts(option: str, patterns: Sequence[str], settings: ReinforcementSettings, data: DataSettings,
+                 longest_completion: int, say: Callable[[str], None]) -> Prompts:
+    """Read the prompts of the files that `option` names.
+
+    Raise ValueError, in one line, for files without any, and for too many bad rows.
+    """
+    files = _files(option, patterns)
     reader = PromptReader(settings, build_tokenizer(data.tokenizer_type, data.tokenizer_model), data.tokenizer_model)
-    most = data.seq_length + 1 - max(longest_completion, _NEEDED)  # a row has one label less than a sample tokens
+    most = data.seq_length - longest_completion
     most = min(most, settings.max_prompt_length or most)
     found, bad, too_long = [], 0, 0
     for where, row in _rows(files):
@@ -130,29 +132,29 @@ def read_prompts(settings: ReinforcementSettings, data: DataSettings, longest_co
         except BadRow as error:
             bad += 1
             if bad > settings.max_bad_rows:
-                raise ValueError(f"--prompts {where}: {error}; --max-bad-rows {settings.max_bad_rows}") from error
+                raise ValueError(f"{option} {where}: {error}; --max-bad-rows {settings.max_bad_rows}") from error
             continue
         if len(prompt.ids) > most:
             too_long += 1
         else:
             found.append(prompt)
     if not found:
-        raise ValueError(f"--prompts {' '.join(settings.prompts)}: there is no prompt of at most {most} tokens in it "
+        raise ValueError(f"{option} {' '.join(patterns)}: there is no prompt of at most {most} tokens in it "
                          f"({too_long} are longer, {bad} rows cannot be read)")
-    say(f"prompts: {len(found):,}" + (f"; {too_long:,} of more than {most} tokens are left out" if too_long else "")
+    say(f"{option}: {len(found):,}" + (f"; {too_long:,} of more than {most} tokens are left out" if too_long else "")
         + (f"; {bad:,} rows cannot be read" if bad else ""))
     return Prompts(tuple(found), too_long, bad)
 
 
-def _files(patterns: Sequence[str]) -> list[InputFile]:
+def _files(option: str, patterns: Sequence[str]) -> list[InputFile]:
     try:
         files = find_inputs(patterns)
     except ValueError as error:
-        raise ValueError(str(error).replace("--input", "--prompts", 1)) from error
+        raise ValueError(str(error).replace("--input", option, 1)) from error
     for file in files:
         if file.format == "text":
-            raise ValueError(f"--prompts {file.path}: plain text has no rows; give JSON, JSONL or parquet")
-    check_packages(files, "--prompts")
+            raise ValueError(f"{option} {file.path}: plain text has no rows; give JSON, JSONL or parquet")
+    check_packages(files, option)
     return files
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_deepseek.model.positions import REPLAYED as REPLAYED
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -40,4 +42,4 @@ ROLLOUT = "rollout_log_probabilities"  # of the label, as the engine drew it
 OLD = "old_log_probabilities"  # of the label, by the training model before the first update with this rollout
 REFERENCE = "reference_log_probabilities"  # of the label, by the reference model
 KEPT_IDS = "kept_ids"  # [B, S, M] int32: among which ids the label was drawn, -1 behind the last one; a row of -1: all
-REPLAYED = "replayed_experts"  # [B, S, L, K] integers: the token's experts in each of L MoE layers, -1: let it choose
+# And REPLAYED, [B, S, L, K] integers: the token's experts in each of L MoE layers, -1: let it choose

@@ -80,6 +80,9 @@ class Run:
             except (FloatingPointError, ReplicasDiffer):
                 self.saver.finish()  # a save on its way is that of a healthy step
                 raise
+            finally:
+                if self.maker is not None:
+                    self.maker.close()
             self.saver.save(self.state)
             save = self.settings.run.save
             with end_on_user_error(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):

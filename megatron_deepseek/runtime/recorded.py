@@ -25,7 +25,7 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
                     "num_workers"}, "model": {"released_as"},
            "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",
                            "generate_prompts", "generate_tokens"},
-           "reinforcement": {"reward_workers"}}
+           "reinforcement": {"reward_workers", "eval_prompts"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
           "loss": None, "data": None, "files": None, "fine_tuning": None, "reinforcement": None, "rollout": None,

@@ -50,6 +50,8 @@ class Maker(Protocol):
 
     def resume(self, directory: Path, state: TrainState) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Periodic:

@@ -10,7 +10,7 @@ import torch
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.model.attention.mask import CausalMask
 from megatron_deepseek.model.noise import EmbeddingNoise
-from megatron_deepseek.model.positions import TOKEN_KEYS, TokenKeys
+from megatron_deepseek.model.positions import REPLAYED, TOKEN_KEYS, Replay, TokenKeys
 from megatron_deepseek.model.shifts import routed_tokens, shifted_labels
 from megatron_deepseek.model.step import MicroBatch, Rows
 from megatron_deepseek.ops.documents import Documents
@@ -92,4 +92,4 @@ def _micro_batch(rows: Rows, routed_BMS: torch.Tensor | None, documents: Documen
     mask = CausalMask.on_rank(cp, seq_length, own_documents)
     keys = TokenKeys() if keys_BL is None else TokenKeys(keys_BL[chosen], cp)
     return MicroBatch(own, None if routed_BMS is None else routed_BMS[chosen], mask, EmbeddingNoise.of(own.inputs),
-                      keys)
+                      keys, Replay(own.inputs.get(REPLAYED)))

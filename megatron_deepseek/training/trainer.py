@@ -21,6 +21,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, build_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import trained_parameters
+from megatron_deepseek.model.positions import REPLAYED
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Rows, StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
@@ -45,6 +46,7 @@ from megatron_deepseek.training.optimizer import (
     set_learning_rate,
     squared_gradient_norm,
 )
+from megatron_deepseek.training.replay import check_replay
 from megatron_deepseek.training.scoring import (
     Distribution,
     Keep,
@@ -84,11 +86,11 @@ class StopFlags:
 class StepResult:
     """The result of a step, the same on every rank of a pipeline stage.
 
-    `expert_counts`: tokens of each expert, int64 [E] by layer of this stage. `traffic`: bytes that the expert dispatch
-    of all ranks sent in the step, recomputed forwards included. `dropped`: the part of all token copies that was above
-    experts' capacity. `cross_node_sends`: to how many other nodes a token went for a layer's experts, on average.
-    `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as before.
-    `stop_flags`: the requests of all ranks together.
+    `expert_counts`: tokens that chose each expert, int64 [E] by layer of this stage. `traffic`: bytes that the expert
+    dispatch of all ranks sent in the step, recomputed forwards included. `dropped`: the part of all token copies that
+    was above experts' capacity. `cross_node_sends`: to how many other nodes a token went for a layer's experts, on
+    average. `updated`: False where a loss or the gradient was not finite; weights, moments and biases are then as
+    before. `stop_flags`: the requests of all ranks together.
     """
 
     losses: Losses
@@ -179,10 +181,10 @@ class Trainer:
         statistics = StepStatistics(chosen={} if experts else None)
         wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
         if likeliest:
-            both_BS2 = self._read(batch, distribution.log_probabilities_and_likeliest, wide, statistics, 2)
+            both_BS2 = self.read(batch, distribution.log_probabilities_and_likeliest, wide, statistics, 2)
             scores, right_BS = both_BS2[..., 0], both_BS2[..., 1] > 0
         else:
-            scores, right_BS = self._read(batch, distribution.log_probabilities, wide, statistics), None
+            scores, right_BS = self.read(batch, distribution.log_probabilities, wide, statistics), None
         if not experts:
             return Scores(scores, right_BS)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
@@ -193,18 +195,23 @@ class Trainer:
 
         Labels of the batch do not matter. Every rank of the job calls it, with the same number of rows.
         """
-        return self._read(batch, likeliest, torch.int64, StepStatistics())
+        return self.read(batch, likeliest, torch.int64, StepStatistics())
 
-    def _read(self, batch: Batch, read: Callable[[Predictions, Rows], torch.Tensor], dtype: torch.dtype,
-              statistics: StepStatistics, *width: int) -> torch.Tensor:
+    def read(self, batch: Batch, read: Callable[[Predictions, Rows], torch.Tensor], dtype: torch.dtype,
+             statistics: StepStatistics, *width: int) -> torch.Tensor:
         """Return what `read` takes of the main prediction of each token, [B, S, *width] of `dtype`, on every rank."""
+        like = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, *width, dtype=dtype)
+        return from_stage(self.read_at_head(batch, read, statistics), like, self.holders[-1], self.meshes)
+
+    def read_at_head(self, batch: Batch, read: Callable[[Predictions, Rows], torch.Tensor], statistics: StepStatistics
+                     ) -> torch.Tensor | None:
+        """Return the same on the ranks that hold the output head, None on all others. Every rank of the job calls it.
+        """
         objective = Keep(read)
         divided = self._divide(batch, objective)
         step = StepContext(1, partial(objective.contribution, counts={}), statistics)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
-        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
-        like = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, *width, dtype=dtype)
-        return from_stage(own, like, self.holders[-1], self.meshes)
+        return whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""
@@ -218,6 +225,7 @@ class Trainer:
         return divided, counts, StepContext(num_sequences, partial(objective.contribution, counts=counts))
 
     def _divide(self, batch: Batch, objective: Objective) -> Division:
+        check_replay(batch.per_token.get(REPLAYED), self.spec.model, self.spec.build.loss)
         return divide(batch, objective, self.cp, self.spec.micro_batch_size, self.spec.model.n_routed_experts > 0)
 
     def global_counts(self, divided: Division, objective: Objective) -> tuple[dict[str, float], int]:
@@ -236,7 +244,7 @@ class Trainer:
         return {"squared_gradient_norm": squared_gradient_norm(self.parameters, self.meshes.device),
                 "save": stop_flags.save, "leave": stop_flags.leave, "within_node": sent.within_node,
                 "across_nodes": sent.across_nodes, "cross_node_sends": statistics.cross_node_sends,
-                "dropped": statistics.dropped, "copies": sum(each.sum() for each in statistics.expert_counts.values())}
+                "dropped": statistics.dropped, "copies": statistics.copies}
 
     def _reduce(self, objective: Objective, statistics: StepStatistics, divided: Division, counts: Mapping[str, float],
                 own: Mapping[str, float | torch.Tensor]) -> tuple[Losses, dict[str, float]]:

@@ -13,7 +13,10 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 
 
 class ReferenceModel:
-    """`scores`: of each MoE layer that the last forward ran, [B, S, E] with gradient, in order."""
+    """`scores`: of each MoE layer that the last forward ran, [B, S, E] with gradient, in order. `given`: by layer the
+    experts of each token, [B, S, K]; where there are none, or -1, the router chooses. `free`: as `scores`, which tokens
+    it chose for.
+    """
 
     def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], rope_2SD: torch.Tensor,
                  softmax_scale: float):
@@ -21,6 +24,8 @@ class ReferenceModel:
         self.weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         self.turn_SD = torch.complex(*rope_2SD.double())
         self.scores: list[torch.Tensor] = []
+        self.free: list[torch.Tensor] = []
+        self.given: dict[str, torch.Tensor] = {}
 
     def norm(self, x: torch.Tensor, name: str, eps: float | None = None) -> torch.Tensor:
         eps = self.config.rms_norm_eps if eps is None else eps
@@ -66,9 +71,12 @@ class ReferenceModel:
         scores = logits.softmax(-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
         self.scores.append(scores)
         bias = self.weights.get(f"{name}.gate.e_score_correction_bias")
+        given = self.given.get(name, torch.full((*x_BSH.shape[:2], 1), -1))
+        self.free.append((given < 0).any(-1))
         rows = []
-        for x_H, scores_E in zip(x_BSH.flatten(0, 1), scores.flatten(0, 1)):
-            chosen = choose(scores_E.tolist(), None if bias is None else bias.tolist(), self.config)
+        for x_H, scores_E, chosen in zip(x_BSH.flatten(0, 1), scores.flatten(0, 1), given.flatten(0, 1).tolist()):
+            if -1 in chosen:
+                chosen = choose(scores_E.tolist(), None if bias is None else bias.tolist(), self.config)
             gates = weights_of_choice(scores_E, chosen, self.config)
             rows.append(sum(gate * self.expert(x_H, name, e) for gate, e in zip(gates, chosen)))
         y_BSH = torch.stack(rows).view_as(x_BSH)
@@ -83,7 +91,7 @@ class ReferenceModel:
 
     def states(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The main model's last states, [B, S, H]."""
-        self.scores = []
+        self.scores, self.free = [], []
         state = self.weights["model.embed_tokens.weight"][tokens_BS]
         for index in range(self.config.num_hidden_layers):
             state = self.layer(state, index)
@@ -123,8 +131,10 @@ class ReferenceModel:
         """
         depths = [0] * (len(self.scores) - self.config.num_nextn_predict_layers)
         depths += [0 if tails else 1 + depth for depth in range(self.config.num_nextn_predict_layers)]
-        return sum(balance_loss(scores_TE[:len(scores_TE) - depth], self.config, **alphas) / len(scores)
-                   for scores, depth in zip(self.scores, depths) for scores_TE in scores)
+        return sum(balance_loss(scores_TE[:len(scores_TE) - depth][free_T[:len(scores_TE) - depth]], self.config,
+                                **alphas) / len(scores)
+                   for scores, free, depth in zip(self.scores, self.free, depths)
+                   for scores_TE, free_T in zip(scores, free))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -60,7 +60,7 @@ POLICY = of(
     HEAD,
     ("VocabularyLogits.log_probabilities_among", "~(there_TM | all_T1)", "~there_TM"),
     ("VocabularyLogits.log_probabilities_among", ".where(~all_T1.squeeze(-1), self.log_normalizer_T)", ""),
-    ("VocabularyLogits.tempered", "self.wide_Tv / temperature", "self.wide_Tv * temperature"),
+    ("VocabularyLogits.at_temperature", "self.wide_Tv / temperature", "self.wide_Tv * temperature"),
 ) + of(
     LAYOUTS,
     ("VocabularyLogits._logits_of", "sum_alike(own_TK, self.tp.group)", "own_TK"),

@@ -15,6 +15,7 @@ from base_weights import BASE_WEIGHTS
 from chats import CHATS
 from compiled import COMPILED
 from converted import CONVERTED
+from distilled import DISTILLED
 from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
@@ -27,6 +28,7 @@ from parameters import PARAMETERS
 from policy import POLICY
 from preferred import PREFERRED
 from released import RELEASED
+from replayed import REPLAYED
 from rewarded import REWARDED
 from rollouts import ROLLOUTS
 from served import SERVED
@@ -302,7 +304,7 @@ STEP_MUTANTS = of(
     ("sum_numbers", "send(there, device)", "send(there[::-1], device)"),
     ("Trainer.__init__", "for layer in stage.mtp_layers(self.objective.num_depths)):",
      "for layer in stage.mtp_layers(9)):"),
-    ("Trainer._read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
+    ("Trainer.read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("Trainer.train_step",
      "        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        own = self._own_sums(step.statistics, stop_flags())",
@@ -336,11 +338,10 @@ STEP_MUTANTS = of(
      "places_BS if self.positions_S is None else places_BS[:, :len(self.positions_S)]"),
 ) + of(
     ("tests/unit/training/test_objectives.py", "tests/unit/model/test_mtp.py"),
-    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
-    ("NextToken.contribution", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
+    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths", "loss * self.mtp_scale"),
+    ("NextToken.mean", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
     ("NextToken.counts", 'counts["labels"] = (rows.weights_BS != 0).sum()', 'counts["labels"] = rows.weights_BS.sum()'),
-    ("NextToken.contribution", "(loss_BS * rows.weights_BMS[:, depth]).sum()",
-     "(loss_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
+    ("NextToken.mean", "(x_BS * rows.weights_BMS[:, depth]).sum()", "(x_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
 ) + of(
     LAYOUTS,
     ("whole_sequences", "return gathered.index_select(1, order_S.argsort().to(own.device))", "return gathered"),
@@ -416,9 +417,9 @@ MOE = of(
     ROUTER,
     ("TensorParallel.own_keys", "SEQUENCE_DIM)[self.rank]", "SEQUENCE_DIM)[0]"),
     ("MoE._balanced", "loss = loss / global_sequences", "loss = loss / num_sequences"),
-    ("MoE._balanced", "self.balance, self.sequence_group, routed_BS)", "self.balance, None, routed_BS)"),
+    ("MoE._balanced", "self.balance, self.sequence_group, counted_BS)", "self.balance, None, counted_BS)"),
     ("MoE._balanced", "        if not (self.balance.any and self.training):", "        if not self.balance.any:"),
-    ("MoE.forward", "counts_E = count_choices(chosen_TK + 1,", "counts_E = count_choices(kept_TK + 1,"),
+    ("MoE.forward", "count_choices(_routed(chosen_TK, counted_BS)", "count_choices(_routed(kept_TK, counted_BS)"),
     ("MoE._balanced", "return attach_loss(y_TH, loss), loss.detach()", "return y_TH, loss.detach()"),
     ("MoE._positions", "return send(positions_S[self.tp.rank * length:][:length]", "return send(positions_S[:length]"),
     ("MoE.forward", "self._within_capacity(own_BSH, chosen_TK, routing.weights_TK)",
@@ -526,4 +527,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *POLICY)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED)

@@ -269,6 +269,12 @@ class ArchitectureFields:
             return True
         return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
 
+    def place_among_moe(self, index: int) -> int | None:
+        """Return how many MoE layers come before layer `index`; None for a dense layer and for MTP modules."""
+        if index >= self.num_hidden_layers or not self.is_moe_layer(index):
+            return None
+        return sum(self.is_moe_layer(before) for before in range(index))
+
     @property
     def num_moe_layers(self) -> int:
         """Return how many decoder layers route to experts, MTP modules not counted."""

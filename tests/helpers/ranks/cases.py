@@ -160,6 +160,7 @@ class Case:
     trained: str = ""
     cut: int = 0
     first: int = 0
+    replay: bool = False
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""
@@ -271,7 +272,7 @@ class Case:
         elif loss.balance_type == "aux_loss":
             loss = replace(loss, balance_type="seq_aux_loss")
         return Reference(self.model, loss, self.global_batch_size, self.first_batch_size, size, self.packed,
-                         self.padded, self.moments, self.objective, self.frozen_names, self.adapters)
+                         self.padded, self.moments, self.objective, self.frozen_names, self.adapters, self.replay)
 
     @property
     def adapters(self) -> LoraSettings | None:
@@ -304,6 +305,7 @@ class Reference:
     objective: str = "next_token"
     frozen: tuple[str, ...] = ()
     lora: LoraSettings | None = None
+    replay: bool = False
 
 
 # Of 8 tokens that choose 2 of 8 experts: 2 a sequence at an even share, so that the favourites are above it.

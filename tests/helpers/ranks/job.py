@@ -15,7 +15,7 @@ from megatron_deepseek.model.architecture.adapters import B, factor_of
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, Precision
 from megatron_deepseek.model.init import fill_normal
-from megatron_deepseek.model.positions import TOKEN_KEYS
+from megatron_deepseek.model.positions import REPLAYED, TOKEN_KEYS
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel import shards
 from megatron_deepseek.parallel.layout import Layout
@@ -100,6 +100,16 @@ def real_tokens(size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
     return torch.arange(length) < lengths
 
 
+def experts_to_replay(model: ModelConfig, size: int, step: int, length: int = SEQ_LENGTH) -> torch.Tensor:
+    """[size, length, L, K]: experts that no router chose, for some tokens of each row in each layer; -1 for the others.
+    """
+    generator = torch.Generator().manual_seed(600 + step)
+    shape = size, length, model.num_moe_layers
+    experts = torch.rand(*shape, model.n_routed_experts, generator=generator).argsort(-1)
+    free = torch.rand(shape, generator=generator) < 0.3
+    return experts[..., :model.num_experts_per_tok].to(torch.int16).masked_fill(free.unsqueeze(-1), -1)
+
+
 def optimizer_of(moments: str) -> OptimizerSettings:
     return replace(OPTIMIZER, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
 
@@ -120,7 +130,7 @@ def spec_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LE
 def run_case(case: Case, num_steps: int = 3, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> Record:
     sizes = case.first_batch_size, case.global_batch_size
     return train(spec_of(case, precision, seq_length), case.layout, sizes, num_steps, case.packed, case.padded,
-                 case.objective)
+                 case.objective, case.replay)
 
 
 def run_reference(reference: Reference, num_steps: int = 3, precision: Precision = FLOAT64,
@@ -130,11 +140,12 @@ def run_reference(reference: Reference, num_steps: int = 3, precision: Precision
                 BuildOptions(precision=precision, loss=reference.loss, frozen=reference.frozen, lora=reference.lora),
                 optimizer_of(reference.moments))
     sizes = reference.first_batch_size, reference.global_batch_size
-    return train(spec, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective)
+    return train(spec, Layout(), sizes, num_steps, reference.packed, reference.padded, reference.objective,
+                 reference.replay)
 
 
 def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_steps: int, packed: bool = False,
-          padded: bool = False, objective: str = "next_token") -> Record:
+          padded: bool = False, objective: str = "next_token", replay: bool = False) -> Record:
     """`batch_sizes`: sequences of the first step's global batch, and of every other's."""
     meshes = build_meshes(layout, torch.device("cpu"))
     trainer = Trainer(spec, meshes, objective_of(objective, spec.model.num_nextn_predict_layers))
@@ -154,6 +165,8 @@ def train(spec: TrainingSpec, layout: Layout, batch_sizes: tuple[int, int], num_
         more = inputs_of(objective, size, step, spec.seq_length, spec.model.vocab_size)
         if spec.build.lora is not None and step < num_steps:  # what is held out loses nothing
             more = {**more, TOKEN_KEYS: keys_of(1, step * size + torch.arange(size), spec.seq_length)}
+        if replay:
+            more = {**more, REPLAYED: experts_to_replay(spec.model, size, step, spec.seq_length)}
         return own_rows(make_batch(tokens, labels, weights, real_BS=real, sources_BK=sources(size), per_token=more,
                                    documents_BS=documents(size, step, spec.seq_length) if packed else None), meshes)
 

@@ -27,7 +27,10 @@ REFUSED = {
     "--reference-refresh-interval needs --kl k3 or unbiased": (
         "--reference-refresh-interval 4", "--reference-refresh-interval 4 needs --kl"),
     "the reference would change within a rollout": (
-        "--kl k3 --reference-refresh-interval 6 --global-batch-size 64", "6 is not a multiple of the 4 updates"),
+        "--load x --kl k3 --reference-refresh-interval 6 --global-batch-size 64", "is not a multiple of the 4 updates"),
+    "evaluation needs held-out prompts": ("--eval-interval 5", "--eval-interval 5 needs --eval-prompts"),
+    "all held-out prompts are answered": ("--eval-prompts e.jsonl --eval-iters 5", "--eval-iters 5 is not for this"),
+    "a reference needs --load": ("--kl k3", "--kl k3 needs --load"),
     "--loss-constant needs --loss-aggregation constant": ("--loss-constant 9", "needs --loss-aggregation constant"),
     "--overlong-buffer needs --overlong penalty": ("--overlong-buffer 9", "needs --overlong penalty"),
     "the buffer is longer than a completion": (
@@ -69,7 +72,7 @@ def test_table_refuses(name):
 
 def test_what_is_at_the_border_is_taken():
     settings("--max-prompt-length 192 --overlong penalty --overlong-buffer 64 --grpo-group-size 2")
-    settings("--kl unbiased --reference-refresh-interval 8 --global-batch-size 64 --grpo-iterations 2")
+    settings("--load x --kl unbiased --reference-refresh-interval 8 --global-batch-size 64 --grpo-iterations 2")
 
 
 def test_defaults_are_those_of_the_settings():
@@ -90,9 +93,9 @@ def test_a_constant_is_the_longest_completion_and_a_buffer_a_fifth_of_it():
 
 def test_names_of_trl_and_megatron_mean_the_same():
     ours = settings("--grpo-group-size 4 --grpo-iterations 2 --clip-low 0.1 --clip-high 0.3 --dynamic-sampling "
-                    "--kl k3 --kl-beta 0.5")
+                    "--load x --kl k3 --kl-beta 0.5")
     assert settings("--num-generations 4 --num-iterations 2 --grpo-clamp-eps-lower 0.1 --grpo-clamp-eps-upper 0.3 "
-                    "--grpo-filter-groups-with-same-reward --kl k3 --grpo-kl-beta 0.5") == ours
+                    "--grpo-filter-groups-with-same-reward --load x --kl k3 --grpo-kl-beta 0.5") == ours
     assert (ours.rollout.group_size, ours.rollout.iterations, ours.policy_loss.clip_high) == (4, 2, 0.3)
 
 

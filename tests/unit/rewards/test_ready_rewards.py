@@ -103,7 +103,8 @@ def test_words_and_repetition():
 
 @pytest.mark.parametrize("completion, row, options, value", [
     ("<think>no</think>the end 12", {}, {"pattern": r"\d+$"}, 1), ("<think>12</think>no", {}, {"pattern": r"\d"}, 0),
-    ("abc", {"regex": "^abc$"}, {}, 1), ("abc", {"own": "d"}, {"column": "own"}, 0), ("abc", {}, {}, None)])
+    ("abc", {"regex": "^abc$"}, {}, 1), ("abc", {"regex": "^abc$"}, {"pattern": "d"}, 0),
+    ("abc", {"own": "d"}, {"column": "own"}, 0), ("abc", {}, {}, None)])
 def test_regex(completion, row, options, value):
     assert reward(regex_reward, completion, row, **options) == value
 
@@ -116,6 +117,8 @@ FENCED = "<think>def f</think>Here:\n```python\ndef f(x):\n    return 2 * x\n```
     (FENCED, {"test_list": ["assert f(2) == 5"]}, 0),
     (FENCED, {"tests": "for x in range(3):\n    assert f(x) == x + x"}, 1),
     (FENCED, {"test": "def check(candidate):\n    assert candidate(3) == 6\n", "entry_point": "f"}, 1),
+    (FENCED, {"test": "def check(candidate):\n    assert candidate(3) == 7\n", "entry_point": "f"}, 0),
+    ("```py\nfirst = 1\n```\n```\nlast = 1\n```", {"tests": ["assert last"]}, 1),
     ("def f(x): return x", {"tests": ["assert f(2) == 2"]}, 1),
     ("exit(0)", {"tests": ["assert False"]}, 0), (FENCED, {}, None)])
 def test_code(completion, row, value):
