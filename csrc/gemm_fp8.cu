@@ -46,42 +46,27 @@ void start(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, 
     start<Direct>(a, b, product, static_cast<bf16*>(out.data), stream);
 }
 
-// A product whose m_tiles are given, in turns of clusters that are as wide as Cluster blocks.
-template <int Cluster>
-Gemm in_turns(Gemm product, int groups = 1) {
+// Divides a product into the turns of clusters that are as wide as Cluster blocks: tall tiles, of which those of the last
+// wave may be halved. Where all are, the kernel with one half does it, whose ring is deeper.
+template <Grouping grouping, bool BlocksB, int Cluster>
+void start_turns(const ScaledOperand& a, const ScaledOperand& b, Gemm product, int groups, GemmOutput out,
+                 bool tma_store, void* stream) {
   product.n_tiles = int(ceil_div<int64_t>(product.n, Cluster * kTileN));
   product.tiles = product.whole = int64_t(product.m_tiles) * product.n_tiles * groups;
-  return product;
-}
-
-// Where all tiles are halved, the kernel with one half does it, whose ring is deeper.
-template <Grouping grouping, int Cluster>
-void start_blocks(const ScaledOperand& a, const ScaledOperand& b, Gemm product, GemmOutput out, bool tma_store,
-                  void* stream) {
-  product = in_turns<Cluster>(product);
   if (product.tile_m > kHalf) product.whole = whole_tiles(product.tiles, multiprocessors() / Cluster);
   if (product.tile_m > kHalf && product.whole > 0)
-    start<grouping, true, 2, Cluster>(a, b, product, out, tma_store, stream);
+    start<grouping, BlocksB, 2, Cluster>(a, b, product, out, tma_store, stream);
   else
-    start<grouping, true, 1, Cluster>(a, b, product, out, tma_store, stream);
+    start<grouping, BlocksB, 1, Cluster>(a, b, product, out, tma_store, stream);
 }
 
-template <Grouping grouping>
-void start_blocks(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, GemmOutput out,
-                  GemmOptions options, void* stream) {
+template <Grouping grouping, bool BlocksB>
+void start_product(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, int groups, GemmOutput out,
+                   GemmOptions options, void* stream) {
   if (options.clusters)
-    start_blocks<grouping, 2>(a, b, product, out, options.tma_store, stream);
+    start_turns<grouping, BlocksB, 2>(a, b, product, groups, out, options.tma_store, stream);
   else
-    start_blocks<grouping, 1>(a, b, product, out, options.tma_store, stream);
-}
-
-template <Grouping grouping>
-void start_rows(const ScaledOperand& a, const ScaledOperand& b, const Gemm& product, int groups, GemmOutput out,
-                bool clusters, void* stream) {
-  if (clusters)
-    start<grouping, false, 1, 2>(a, b, in_turns<2>(product, groups), out, false, stream);
-  else
-    start<grouping, false, 1, 1>(a, b, in_turns<1>(product, groups), out, false, stream);
+    start_turns<grouping, BlocksB, 1>(a, b, product, groups, out, options.tma_store, stream);
 }
 
 Gemm product_of(const ScaledOperand& a, const ScaledOperand& b, int tile_m) {
@@ -97,24 +82,25 @@ Gemm product_of(const ScaledOperand& a, const ScaledOperand& b, int tile_m) {
 }  // namespace
 
 void scaled_mm(ScaledOperand a, ScaledOperand b, GemmOutput out, GemmOptions options, void* stream) {
+  const Gemm product = product_of(a, b, 2 * kHalf);
   if (b.blocks)
-    start_blocks<Grouping::kNone>(a, b, product_of(a, b, 2 * kHalf), out, options, stream);
+    start_product<Grouping::kNone, true>(a, b, product, 1, out, options, stream);
   else
-    start_rows<Grouping::kNone>(a, b, product_of(a, b, kHalf), 1, out, options.clusters, stream);
+    start_product<Grouping::kNone, false>(a, b, product, 1, out, options, stream);
 }
 
 void grouped_scaled_mm(ScaledOperand a, ScaledOperand b, Groups tiles, bool tall, GemmOutput out, GemmOptions options,
                        void* stream) {
   Gemm product = product_of(a, b, tall ? 2 * kHalf : kHalf);
   product.table = tiles.table, product.m_tiles = tiles.count;
-  start_blocks<Grouping::kRows>(a, b, product, out, options, stream);
+  start_product<Grouping::kRows, true>(a, b, product, 1, out, options, stream);
 }
 
 void grouped_scaled_mm_wgrad(ScaledOperand a, ScaledOperand b, Groups groups, GemmOutput out, bool clusters,
                              void* stream) {
-  Gemm product = product_of(a, b, kHalf);
+  Gemm product = product_of(a, b, 2 * kHalf);
   product.table = groups.table;
-  start_rows<Grouping::kDepth>(a, b, product, groups.count, out, clusters, stream);
+  start_product<Grouping::kDepth, false>(a, b, product, groups.count, out, {false, clusters}, stream);
 }
 
 }  // namespace mds

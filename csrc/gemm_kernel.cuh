@@ -49,17 +49,22 @@ struct Staging<Store::kCopyEngine> {
   OutputBoxes of_warp[kConsumerWarps];
 };
 
+// The scales of two neighbouring columns, which a thread reads at once: it has sums of both.
+struct alignas(8) ColumnPair {
+  float scale[2];
+};
+
 template <typename F>
 struct GemmShared {
   e4m3 a[F::kStages][F::kTileM * kTile];
   e4m3 b[F::kStages][kTileN * kTile];
   Staging<F::store> out;
-  float scale_b[kConsumers][2][kTileN];  // of b's columns, for this and the next block of K, each consumer for itself
+  ColumnPair scale_b[kConsumers][2][kTileN / 2];  // for this and the next block of K, each consumer for itself
   Barrier full[F::kStages], empty[F::kStages];
 };
 template <bool BlocksB, int Waves, Store store>
 constexpr bool kFits = sizeof(GemmShared<Form<Grouping::kNone, BlocksB, Waves, store, 1>>) <= 227 * 1024;
-static_assert(kFits<false, 1, Store::kDirect> && kFits<true, 1, Store::kCopyEngine> &&
+static_assert(kFits<false, 2, Store::kDirect> && kFits<true, 1, Store::kCopyEngine> &&
                   kFits<true, 2, Store::kCopyEngine>,
               "shared memory of one block");
 
@@ -137,12 +142,14 @@ __device__ __forceinline__ void multiply(float (&sum)[kAccumulators], const e4m3
 
 template <bool BlocksB>
 __device__ __forceinline__ void promote(float (&total)[kAccumulators], const float (&sum)[kAccumulators],
-                                        const float (&row)[2], float block_scale, const float* column_scales,
+                                        const float (&row)[2], float block_scale, const ColumnPair* column_scales,
                                         int thread) {
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) {
-    const float column = BlocksB ? block_scale : column_scales[hopper::accumulator_column(thread, i)];
-    total[i] = fmaf(sum[i], row[i / 2 % 2] * column, total[i]);
+  for (int i = 0; i < kAccumulators; i += 2) {
+    ColumnPair column{{block_scale, block_scale}};
+    if constexpr (!BlocksB) column = column_scales[hopper::accumulator_column(thread, i) / 2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) total[i + j] = fmaf(sum[i + j], row[i / 2 % 2] * column.scale[j], total[i + j]);
   }
 }
 
@@ -166,38 +173,59 @@ __device__ __forceinline__ void store_rows(GemmShared<F>& shared, Out* out, cons
   }
 }
 
+// Hands the scales of b's columns to the threads of the consumer that need them, by one of two buffers, with a barrier
+// each. A thread that writes this buffer again has passed the other's barrier, which the other threads reach only after
+// they have read this one.
+template <typename F>
+__device__ __forceinline__ const ColumnPair* share_columns(GemmShared<F>& shared, float scale, int buffer, int consumer,
+                                                           int thread) {
+  ColumnPair* pairs = shared.scale_b[consumer][buffer];
+  pairs[thread / 2].scale[thread % 2] = scale;
+  hopper::warpgroup_barrier(1 + consumer);
+  return pairs;
+}
+
+// Adds a stage's products to the sums of the `waves` halves that there are.
+template <typename F>
+__device__ __forceinline__ void consume_stage(GemmShared<F>& shared, const Ring<F::kStages>& ring, int waves,
+                                              const Scales<F::Waves>& scales, const ColumnPair* column_scales,
+                                              float (&total)[F::Waves][kAccumulators], int consumer, int thread) {
+  hopper::barrier_wait(&shared.full[ring.stage], ring.parity);
+#pragma unroll
+  for (int wave = 0; wave < F::Waves; ++wave) {
+    if (wave == waves) break;
+    float sum[kAccumulators];
+    const int row = (wave * kConsumers + consumer) * hopper::kProductM;
+    multiply(sum, shared.a[ring.stage] + row * kTile, shared.b[ring.stage]);
+    if (wave == waves - 1) release<F>(&shared.empty[ring.stage]);
+    promote<F::BlocksB>(total[wave], sum, scales.row[wave], scales.column, column_scales, thread);
+  }
+}
+
 template <typename F, typename Out>
 __device__ __forceinline__ void consume(GemmShared<F>& shared, const Gemm& product, Out* out,
                                         const TensorMap* map, int consumer, int rank) {
   const int thread = int(threadIdx.x) % kWarpgroup;
   Ring<F::kStages> ring;
-  int buffer = 0;  // of scale_b; it alternates through all tiles, see below
+  int buffer = 0;  // of scale_b; it alternates through all tiles
   for (int64_t turn = blockIdx.x / F::Cluster; turn < turns_of(product); turn += gridDim.x / F::Cluster) {
     const Work work = work_of<F::grouping, F::Cluster>(product, turn, rank);
     const int waves = F::Waves == 2 && work.rows > kHalf ? 2 : 1;
     ScaleReader<F::BlocksB, F::Waves> reader(product, work, consumer, thread);
     float total[F::Waves][kAccumulators] = {};
-    for (int k = 0; k < work.k_tiles; ++k, ring.advance()) {
-      const Scales<F::Waves> scales = reader.step(k);
-      const float* column_scales = nullptr;
-      if constexpr (!F::BlocksB) {
-        // There are two buffers, with a barrier each. A thread that writes this buffer again has passed the other's
-        // barrier, which the other threads reach only after they have read this one.
-        float* column_of = shared.scale_b[consumer][buffer];
-        buffer ^= 1;
-        column_of[thread] = scales.column;
-        hopper::warpgroup_barrier(1 + consumer);
-        column_scales = column_of;
-      }
-      hopper::barrier_wait(&shared.full[ring.stage], ring.parity);
-#pragma unroll
-      for (int wave = 0; wave < F::Waves; ++wave) {
-        if (wave == waves) break;
-        float sum[kAccumulators];
-        const int row = (wave * kConsumers + consumer) * hopper::kProductM;
-        multiply(sum, shared.a[ring.stage] + row * kTile, shared.b[ring.stage]);
-        if (wave == waves - 1) release<F>(&shared.empty[ring.stage]);
-        promote<F::BlocksB>(total[wave], sum, scales.row[wave], scales.column, column_scales, thread);
+    // Two loops: in one, the compiler has the numbers that a step loaded ahead copied at the end of that same step.
+    for (int group = 0; group < work.k_tiles; group += kQuad) {
+      reader.advance(group);
+      const int end = group + kQuad < work.k_tiles ? group + kQuad : work.k_tiles;
+#pragma unroll 1
+      for (int k = group; k < end; ++k, ring.advance()) {
+        const Scales<F::Waves> scales = reader.step(k);
+        const ColumnPair* column_scales = nullptr;
+        if constexpr (!F::BlocksB) {
+          column_scales = share_columns(shared, scales.column, buffer, consumer, thread);
+          buffer ^= 1;
+        }
+        consume_stage(shared, ring, waves, scales, column_scales, total, consumer, thread);
       }
     }
 #pragma unroll

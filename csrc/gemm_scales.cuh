@@ -27,13 +27,13 @@ template <bool BlocksB, int Waves>
 class ScaleReader {
  public:
   __device__ __forceinline__ ScaleReader(const Gemm& p, const Work& work, int consumer, int thread)
-      : k_tiles_(work.k_tiles) {
+      : rows_of_a_(p.scale_a + work.a_row * p.pitch_a + work.k), k_tiles_(work.k_tiles) {
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = (wave * kConsumers + consumer) * hopper::kProductM + hopper::accumulator_row(thread, 2 * half);
-        row_[wave][half] = p.scale_a + (work.a_row + (r < work.rows ? r : 0)) * p.pitch_a + work.k;
+        row_[wave][half] = r < work.rows ? r * int(p.pitch_a) : 0;
       }
     const int c = BlocksB ? work.column / kTile : work.column + (thread < work.columns ? thread : 0);
     column_ = p.scale_b + (work.matrix * p.scale_rows_b + c) * p.pitch_b + work.k;
@@ -41,20 +41,21 @@ class ScaleReader {
     read_columns(0);
   }
 
-  // Returns the scales of step k. Whole warps must call it, for 0, 1, ... in order.
-  __device__ __forceinline__ Scales<Waves> step(int k) {
-    if (k % kQuad == 0) {
+  // Makes the scales of kQuad steps from `k` on, which were read before, the current ones, and reads later ones.
+  __device__ __forceinline__ void advance(int k) {
 #pragma unroll
-      for (int wave = 0; wave < Waves; ++wave)
+    for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) rows_[wave][half] = next_rows_[wave][half];
-      read_rows(k + kQuad);
-    }
-    if (k % kColumnSteps == 0) {
+      for (int half = 0; half < 2; ++half) rows_[wave][half] = next_rows_[wave][half];
+    read_rows(k + kQuad);
+    if (k % kColumnSteps) return;
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) columns_[i] = next_columns_[i];
-      read_columns(k + kColumnSteps);
-    }
+    for (int i = 0; i < kColumns; ++i) columns_[i] = next_columns_[i];
+    read_columns(k + kColumnSteps);
+  }
+
+  // Returns the scales of step k, one of the current ones. Whole warps must call it.
+  __device__ __forceinline__ Scales<Waves> step(int k) const {
     Scales<Waves> scales;
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
@@ -79,7 +80,8 @@ class ScaleReader {
 #pragma unroll
     for (int wave = 0; wave < Waves; ++wave)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) next_rows_[wave][half] = mine < k_tiles_ ? row_[wave][half][mine] : 0.0f;
+      for (int half = 0; half < 2; ++half)
+        next_rows_[wave][half] = mine < k_tiles_ ? rows_of_a_[row_[wave][half] + mine] : 0.0f;
   }
 
   __device__ __forceinline__ void read_columns(int k) {
@@ -90,7 +92,8 @@ class ScaleReader {
     }
   }
 
-  const float* row_[Waves][2];
+  const float* rows_of_a_;  // of the tile
+  int row_[Waves][2];       // where those of this thread begin there
   const float* column_;
   int k_tiles_;
   float rows_[Waves][2], next_rows_[Waves][2], columns_[kColumns], next_columns_[kColumns];

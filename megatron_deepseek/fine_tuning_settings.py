@@ -1,6 +1,7 @@
 """The settings of fine-tuning: what is special to it beside settings.py, which has those of every run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,47 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
+class DistillationSettings:
+    """What is learnt from a teacher; the fields are named after their options.
+
+    `teacher`: the directory of a model's weights, or of a cache of its logits. `kd_loss`: forward-kl, reverse-kl or
+    jsd, whose weight of the teacher is `kd_jsd_beta`. `kd_temperature`: logits of both are divided by it.
+    `kd_ratio`: the weight of that loss; that of the labels' negative log-likelihood is the rest to 1.
+    `kd_temperature_squared`: the loss counts with the factor temperature^2. `teacher_expert_model_parallel_size`: ranks
+    that share the teacher's experts.
+    """
+
+    teacher: Path
+    kd_loss: str = "forward-kl"
+    kd_temperature: float = 1.0
+    kd_jsd_beta: float = 0.5
+    kd_ratio: float = 1.0
+    kd_temperature_squared: bool = False
+    teacher_expert_model_parallel_size: int = 1
+
+    @property
+    def factor(self) -> float:
+        """Return the factor of the divergence in the loss."""
+        return self.kd_ratio * (self.kd_temperature**2 if self.kd_temperature_squared else 1.0)
+
+
+@dataclass(frozen=True)
+class LogitCacheSettings:
+    """What tools/cache_logits.py keeps of a teacher's predictions, and where.
+
+    `output`: the directory. `top_k`: how many ids of each label token have their log-probabilities there, which are
+    those at `kd_temperature`, as `cache_dtype` (fp16 or fp32). `student_vocab_size`: the first ids, of which alone the
+    probabilities are, None for all.
+    """
+
+    output: Path
+    top_k: int = 64
+    kd_temperature: float = 1.0
+    cache_dtype: str = "fp16"
+    student_vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
 class FineTuningSettings:
     """What is special to fine-tuning; the fields are named after their options, `freeze` is in RunSettings.
 
@@ -42,6 +84,8 @@ class FineTuningSettings:
     most tokens of a conversation, None for the row's. `loss_average`: token or sample. `neftune_alpha`: 0 for no noise.
     `generate_every`: iterations between answers to `generate_prompts` held-out prompts, of `generate_tokens` at most;
     None for none. `preference`: what is trained for beside likelihood, None for supervised fine-tuning.
+    `distillation`: what is learnt from a teacher, None without one. `logit_cache`: what is kept of its predictions,
+    None where nothing is.
     """
 
     dataset: tuple[str, ...]
@@ -63,3 +107,5 @@ class FineTuningSettings:
     generate_tokens: int = 128
     dry_run: bool = False
     preference: PreferenceSettings | None = None
+    distillation: DistillationSettings | None = None
+    logit_cache: LogitCacheSettings | None = None

@@ -12,7 +12,7 @@ REQUIREMENTS = {"gigatoken": "gigatoken>=0.10", "zstandard": "zstandard>=0.22", 
                 "nltk": "nltk>=3.9", "tensorboard": "tensorboard>=2.15", "matplotlib": "matplotlib>=3.8",
                 "pyyaml": "pyyaml>=6", "wandb": "wandb>=0.19", "starlette": "starlette>=1", "uvicorn": "uvicorn>=0.40",
                 "prometheus-client": "prometheus-client>=0.21", "llguidance": "llguidance>=1.9",
-                "lm-eval": "lm-eval>=0.4.11", "gguf": "gguf>=0.17"}
+                "lm-eval": "lm-eval>=0.4.11", "gguf": "gguf>=0.17", "math-verify": "math-verify>=0.9"}
 
 
 def how_to_install(package: str) -> str:

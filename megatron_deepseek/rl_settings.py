@@ -1,4 +1,7 @@
-"""The settings of reinforcement learning with group-relative advantages (GRPO), beside those of settings.py."""
+"""The settings of reinforcement learning with group-relative advantages (GRPO), beside those of settings.py.
+
+Fields are named after their options.
+"""
 
 from dataclasses import dataclass
 
@@ -56,3 +59,37 @@ class RolloutSettings:
     keep_sampling_mask: bool = False
     tp: int | None = None
     ep: int | None = None
+    engine_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class ReinforcementSettings:
+    """What is asked, and how the answers are judged.
+
+    `prompts`: files of them; `prompt_column` holds a text or messages, `answer_column` what rewards find as "answer",
+    None for the names that are usual. `template`: how they are written, "none" for the text as it is; `thinking`:
+    whether the template's answers begin with thoughts, None for what its release does. `max_prompt_length`: in tokens,
+    longer ones are left out, None for what a row has room for; `max_bad_rows`: how many others may be.
+
+    `reward`: functions, "FILE.py:name" or the name of a ready one, with ":weight" if it is not 1. `reward_timeout`:
+    seconds of a call; `reward_workers`: processes. `reference_refresh_interval`: updates after which the reference
+    becomes the model of the moment, None for never. `dynamic_sampling`: prompts whose answers all have one reward are
+    replaced by others, in `max_sampling_rounds` rounds at most. `overlong_buffer`: over so many tokens before the
+    longest completion the penalty of --overlong penalty rises from 0 to 1. `eval_prompts`: files of held-out prompts.
+    """
+
+    prompts: tuple[str, ...]
+    reward: tuple[str, ...] = ()
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    template: str = "auto"
+    thinking: bool | None = None
+    max_prompt_length: int | None = None
+    max_bad_rows: int = 0
+    reward_timeout: float = 60.0
+    reward_workers: int = 4
+    reference_refresh_interval: int | None = None
+    dynamic_sampling: bool = False
+    max_sampling_rounds: int = 4
+    overlong_buffer: int | None = None
+    eval_prompts: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from megatron_deepseek.model.architecture.base_weights import BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.optimizer_settings import LearningRateSettings, OptimizerSettings
 from megatron_deepseek.parallel.layout import Layout
+from megatron_deepseek.rl_settings import PolicyLossSettings, ReinforcementSettings, RolloutSettings
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,9 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. `fine_tuning` is None in pre-training, `lora` where the weights themselves are trained,
-    `base` where those beside adapters are plain numbers. `notes`: lines for its start, on consequences that may not be
-    expected.
+    """All settings of a run. `fine_tuning` is None but in fine-tuning, `lora` where the weights themselves are trained,
+    `base` where those beside adapters are plain numbers; `reinforcement`, `rollout` and `policy_loss` are None but in
+    reinforcement learning. `notes`: lines for its start, on consequences that may not be expected.
     """
 
     model: ModelConfig
@@ -234,6 +235,9 @@ class Settings:
     data: DataSettings
     run: RunSettings
     fine_tuning: FineTuningSettings | None = None
+    reinforcement: ReinforcementSettings | None = None
+    rollout: RolloutSettings | None = None
+    policy_loss: PolicyLossSettings | None = None
     lora: LoraSettings | None = None
     base: BaseSettings | None = None
     notes: tuple[str, ...] = ()

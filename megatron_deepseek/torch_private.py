@@ -18,6 +18,8 @@ WHERE = {
     "_PipelineScheduleRuntime": "torch.distributed.pipelining.schedules",
     "_add_send_recv": "torch.distributed.pipelining.schedules",
     "_add_unshard_reshard": "torch.distributed.pipelining.schedules",
+    # Sends of a stage, begun and waited for (parallel/stage.py, parallel/paired_chunks.py).
+    "_batch_p2p": "torch.distributed.pipelining.schedules",
     "_wait_batch_p2p": "torch.distributed.pipelining.schedules",
     # The backward of a stage alone, without what torch's PipelineStage does around it (parallel/stage.py).
     "stage_backward": "torch.distributed.pipelining._backward",
@@ -27,6 +29,8 @@ WHERE = {
     "LocalShardsWrapper": "torch.distributed.tensor._shards_wrapper",
     "_compute_local_shape_and_global_offset": "torch.distributed.tensor._utils",
     "_StridedShard": "torch.distributed.tensor.placement_types",
+    # What DTensor remembers of meshes, to be forgotten with the job that had them (parallel/fake_job.py).
+    "_clear_sharding_prop_cache": "torch.distributed.tensor.debug",
     # The copy of the state that a background save writes (checkpoint/job/distributed.py).
     "StateDictStager": "torch.distributed.checkpoint._state_dict_stager",
     # Operators as they are called, collectives among them, and groups by their names
@@ -86,6 +90,11 @@ def pack_weight(weight, rows: int):
 def multiply_packed(x, packed):
     """Return x [..., in] times a packed weight, [..., out]."""
     return torch_ops()._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def packs_bfloat16() -> bool:
+    """Return whether this processor has what packed weights of bfloat16 need."""
+    return torch_ops()._is_mkldnn_bf16_supported()
 
 
 def torch_ops():

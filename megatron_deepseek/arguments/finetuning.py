@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.distillation import add_distillation
 from megatron_deepseek.arguments.parser import (
     AFTER_DATA,
     BEFORE_LENGTH,
@@ -91,8 +92,8 @@ def build_finetuning_parser() -> argparse.ArgumentParser:
                               description="Fine-tune a DeepSeek model on conversations. Defaults are given in "
                               f"parentheses; where other recipes than {DEFAULT_RECIPE} have others, with their names.",
                               epilog="examples/ has scripts that start it for each model, on one node and on many.")
-    for add in (*BEFORE_LENGTH, add_preference, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA, _add_data,
-                *AFTER_DATA):
+    for add in (*BEFORE_LENGTH, add_preference, add_distillation, _add_length_and_batch, *BETWEEN_LENGTH_AND_DATA,
+                _add_data, *AFTER_DATA):
         add(parser)
     parser.set_defaults(**_NO_PRETRAINING_DATA)
     return parser

@@ -33,11 +33,13 @@ _NO_BALANCE = "no balance loss is trained on: aux_loss_alpha of the config is {r
 NOTICES = (
     Notice(lambda r: r.fine_tunes and r.args.load is None, "without --load the weights are random: nothing is there to "
            "be fine-tuned"),
+    Notice(lambda r: r.reinforces and r.args.load is None, "without --load the weights are random: no answer will be "
+           "rewarded for what it says"),
     Notice(lambda r: r.args.compile, "functions of the layers are compiled in the first step, which takes longer; a "
            "line will say how long"),
     Notice(lambda r: r.args.save is None, "without --save nothing will be saved"),
     Notice(lambda r: r.args.num_nextn_predict_layers is None and r.model.num_nextn_predict_layers > 0
-           and not r.fine_tunes,
+           and r.pretrains,
            "MTP is trained too, as the config has it (num_nextn_predict_layers "
            "{r.model.num_nextn_predict_layers}); --mtp-num-layers 0 leaves it out"),
     Notice(_dense_layers_removed, "--moe-layer-freq gives experts to layers at the beginning that are dense in the "

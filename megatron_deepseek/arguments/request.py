@@ -36,8 +36,18 @@ class Request:
         return hasattr(self.args, "dataset")
 
     @property
+    def reinforces(self) -> bool:
+        """Return whether these are arguments of reinforcement learning."""
+        return hasattr(self.args, "prompts")
+
+    @property
+    def pretrains(self) -> bool:
+        return not (self.fine_tunes or self.reinforces)
+
+    @property
     def entry(self) -> str:
-        return "finetune_deepseek.py" if self.fine_tunes else "pretrain_deepseek.py"
+        return "pretrain_deepseek.py" if self.pretrains else "train_grpo.py" if self.reinforces else \
+            "finetune_deepseek.py"
 
     @property
     def tp(self) -> int:
@@ -180,7 +190,7 @@ class Request:
     @property
     def batch(self) -> BatchSettings:
         ramp = self.args.rampup_batch_size
-        size = self.args.global_batch_size or self.args.micro_batch_size * self.dp
+        size = self.args.global_batch_size or (self.rollout_samples if self.reinforces else self._row)
         return BatchSettings(self.args.micro_batch_size, size, tuple(ramp) if ramp else None)
 
     @property
@@ -189,14 +199,28 @@ class Request:
 
     @property
     def uneven_batch(self) -> str | None:
-        """Return a global batch size, the ramp's included, that micro-batches and data ranks do not divide, or None."""
-        return next((self._named(size) for size in self.batch_sizes if size % self._row), None)
+        """Return a global batch size, the ramp's included, that micro-batches and data ranks do not divide, or None.
+
+        Reinforcement learning packs samples into as many rows as these divide.
+        """
+        sizes = () if self.reinforces else self.batch_sizes
+        return next((self._named(size) for size in sizes if size % self._row), None)
 
     @property
     def refused_microbatches(self) -> tuple[int, str] | None:
         """Return a number of micro-batches that the schedule does not take, and its global batch size; None if none."""
-        return next(((size // self._row, self._named(size)) for size in self.batch_sizes
+        sizes = () if self.reinforces else self.batch_sizes
+        return next(((size // self._row, self._named(size)) for size in sizes
                      if not schedule_rules.takes_microbatches(self.schedule, self.pp, size // self._row)), None)
+
+    @property
+    def rollout_samples(self) -> int:
+        """Return the samples of a rollout of reinforcement learning."""
+        return self.args.grpo_prompts_per_step * self.args.grpo_group_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.rollout_samples * self.args.grpo_iterations // self.batch.global_batch_size
 
     @property
     def _row(self) -> int:

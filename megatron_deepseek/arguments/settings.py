@@ -14,6 +14,8 @@ from megatron_deepseek.arguments import auto_layout
 from megatron_deepseek.arguments.architecture import build_model, describe_architecture, unpadded_vocab_size
 from megatron_deepseek.arguments.data_paths import data_arguments, data_paths
 from megatron_deepseek.arguments.base_weights import base_settings
+from megatron_deepseek.arguments.distillation import distillation_settings, logit_cache_settings
+from megatron_deepseek.arguments.grpo import grpo_settings
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.notices import notices
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES, build_parser
@@ -93,7 +95,8 @@ def build_settings(args: argparse.Namespace, world_size: int, local_world_size: 
         loss=_loss(request), recompute=_recompute(request),
         communication=_fill(CommunicationSettings, args, moe_ranks_per_node=request.ranks_per_node),
         offload=_fill(OffloadSettings, args), data=_data(request), run=run,
-        fine_tuning=_fine_tuning(request) if request.fine_tunes else None, lora=lora_settings(args),
+        fine_tuning=_fine_tuning(request) if request.fine_tunes else None,
+        **(grpo_settings(args) if request.reinforces else {}), lora=lora_settings(args),
         base=base_settings(args),
         notes=(*describe_architecture(args, request.model), *notices(request)))
 
@@ -123,7 +126,7 @@ def _architecture(args: argparse.Namespace) -> ModelConfig:
     except ValueError as error:
         problems = list(problems_of(error))
         try:
-            _ = hasattr(args, "dataset") or data_paths(args)
+            _ = hasattr(args, "dataset") or hasattr(args, "prompts") or data_paths(args)
         except ValueError as other:
             problems.append(str(other))
         raise Problems(problems) from error
@@ -180,11 +183,11 @@ def _loss(request: Request) -> LossSettings:
 
 
 def _usual_bias_rate(request: Request) -> float:
-    """Return V3's rate in pre-training. Fine-tuning leaves the routers' biases, as the end of V3's pre-training did,
+    """Return V3's rate in pre-training. Other entries leave the routers' biases, as the end of V3's pre-training did,
     and so does LoRA.
     """
     has_bias = request.model.n_routed_experts > 0 and request.model.topk_method == "noaux_tc"
-    return 1e-3 if has_bias and not request.fine_tunes and request.args.lora_rank is None else 0.0
+    return 1e-3 if has_bias and request.pretrains and request.args.lora_rank is None else 0.0
 
 
 def _recompute(request: Request) -> RecomputeSettings:
@@ -195,15 +198,15 @@ def _recompute(request: Request) -> RecomputeSettings:
 
 
 def _data(request: Request) -> DataSettings:
-    data_path, split_data_paths = ((), None) if request.fine_tunes else data_paths(request.args)
+    data_path, split_data_paths = data_paths(request.args) if request.pretrains else ((), None)
     return _fill(DataSettings, request.args, data_path=data_path, split_data_paths=split_data_paths,
                  tokenizer_model=_tokenizer_model(request), **_reading(request),
-                 data_arguments=() if request.fine_tunes else data_arguments(request.args))
+                 data_arguments=data_arguments(request.args) if request.pretrains else ())
 
 
 def _reading(request: Request) -> dict[str, Any]:
     """Return how pre-training reads its data; of fine-tuning --num-workers are processes that tokenise."""
-    if request.fine_tunes:
+    if not request.pretrains:
         return {"num_workers": DataSettings.num_workers}
     return {"validation_set_names": tuple(request.args.validation_set_names or ())}
 
@@ -221,13 +224,15 @@ def _tokenizer_model(request: Request) -> str | None:
 def _fine_tuning(request: Request) -> FineTuningSettings:
     args = request.args
     return _fill(FineTuningSettings, args, dataset=tuple(args.dataset), eval_dataset=tuple(args.eval_dataset or ()),
-                 preference=preference_settings(args))
+                 preference=preference_settings(args), distillation=distillation_settings(args),
+                 logit_cache=logit_cache_settings(args))
 
 
 def _run(request: Request) -> RunSettings:
     args = request.args
     eval_iters = args.eval_iters or 0
-    evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else request.evaluates
+    evaluates = bool(args.eval_dataset) and args.eval_iters != 0 if request.fine_tunes else \
+        bool(args.eval_prompts) if request.reinforces else request.evaluates
     run = _fill(RunSettings, args, eval_iters=eval_iters,
                 eval_interval=(args.eval_interval or 1000) if evaluates else None,
                 eval_tasks=tuple(args.eval_tasks or ()),
@@ -242,9 +247,9 @@ def _run(request: Request) -> RunSettings:
 
 
 def _begins_from_weights(request: Request) -> bool:
-    """Return whether the first start of a fine-tuning, or of a training of adapters, takes weights alone; a --load that
-    is --save is its own run.
+    """Return whether the first start of another task than pre-training, or of a training of adapters, takes weights
+    alone; a --load that is --save is its own run.
     """
     load, save = request.args.load, request.args.save
-    weights_alone = request.fine_tunes or request.args.lora_rank is not None
+    weights_alone = not request.pretrains or request.args.lora_rank is not None
     return weights_alone and load is not None and (save is None or load.resolve() != save.resolve())

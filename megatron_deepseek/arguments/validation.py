@@ -5,9 +5,11 @@ All that applies is reported, but for what only follows from something that is r
 """
 
 from megatron_deepseek.arguments.data_paths import data_paths
+from megatron_deepseek.arguments.distillation import DISTILLATION
 from megatron_deepseek.arguments.experts_validation import EXPERTS, OVERLAP, OVERLAPPED_DISPATCH, without_experts
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
 from megatron_deepseek.arguments.base_weights import BASE_WEIGHTS
+from megatron_deepseek.arguments.grpo_validation import GRPO
 from megatron_deepseek.arguments.lora import LORA
 from megatron_deepseek.arguments.optimizer_validation import OPTIMIZER
 from megatron_deepseek.arguments.parser import RECOMPUTE_MODULES
@@ -21,7 +23,7 @@ from megatron_deepseek.model.architecture.families import has_family
 
 def _data_error(r: Request) -> bool:
     """Return False, or raise the ValueError of the reader of pre-training's data arguments."""
-    if not r.fine_tunes:
+    if r.pretrains:
         data_paths(r.args)
     return False
 
@@ -174,22 +176,22 @@ _RUN = (
     Rule("recomputing several layers as one is not supported", lambda r: r.args.recompute_num_layers not in (None, 1),
          "--recompute-num-layers {r.args.recompute_num_layers} is not supported, only 1"),
     Rule("evaluation needs validation data",
-         lambda r: not r.fine_tunes and r.evaluates and r.validation_weight == 0,
+         lambda r: r.pretrains and r.evaluates and r.validation_weight == 0,
          "{r.evaluation} has no data: --split {r.args.split} gives validation the weight 0, or "
          "--valid-data-path is missing"),
     Rule("an interval of evaluations needs evaluations",
-         lambda r: not r.fine_tunes and r.args.eval_interval is not None and r.args.eval_iters is None
+         lambda r: r.pretrains and r.args.eval_interval is not None and r.args.eval_iters is None
          and not r.args.full_validation,
          "--eval-interval {r.args.eval_interval} needs --eval-iters or --full-validation"),
     Rule("options of tasks need tasks", lambda r: not r.args.eval_tasks and r.options_of_tasks,
          "{r.options_of_tasks} needs --eval-tasks"),
     Rule("several validation sets need evaluations",
-         lambda r: not r.fine_tunes and r.args.multiple_validation_sets and not r.evaluates,
+         lambda r: r.pretrains and r.args.multiple_validation_sets and not r.evaluates,
          "--multiple-validation-sets needs --full-validation or --eval-iters"),
     Rule("names of validation sets need several of them",
-         lambda r: not r.fine_tunes and bool(r.args.validation_set_names) and not r.args.multiple_validation_sets,
+         lambda r: r.pretrains and bool(r.args.validation_set_names) and not r.args.multiple_validation_sets,
          "--validation-set-names needs --multiple-validation-sets"),
-    Rule("a name is that of two validation sets", lambda r: not r.fine_tunes and r.repeated_set_name is not None,
+    Rule("a name is that of two validation sets", lambda r: r.pretrains and r.repeated_set_name is not None,
          "--validation-set-names has {r.repeated_set_name} twice"),
     Rule("positions by document need attention by document",
          lambda r: r.args.reset_position_ids and not r.args.reset_attention_mask,
@@ -254,6 +256,8 @@ TOPICS = (
     Topic("base weights", BASE_WEIGHTS, after=("ranks", "sizes", "experts")),
     Topic("fine-tuning", FINE_TUNING),
     Topic("preference", PREFERENCE),
+    Topic("distillation", DISTILLATION),
+    Topic("reinforcement", GRPO, after=("ranks", "batch")),
 )
 RULES = tuple(rule for topic in TOPICS for rule in topic.rules)
 

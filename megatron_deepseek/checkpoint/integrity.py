@@ -21,6 +21,7 @@ from megatron_deepseek.foreign_json import LARGEST_LIST, JsonObject, read_object
 CHECKSUMS = "checksums.json"
 ALGORITHM = "xxh3_128"
 _READ_BYTES = 1 << 22
+_WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ def listed_files(directory: Path) -> list[str]:
     """Return the sorted names, relative to `directory`, of all files below it but checksums.json."""
     found = (Path(root, name).relative_to(directory) for root, _, names in os.walk(directory) for name in names)
     return sorted(path.as_posix() for path in found if path.as_posix() != CHECKSUMS)
+
+
+def weights_identity(directory: Path) -> list:
+    """Return what tells a directory's weights from others: their checksums, or sizes and times of their files."""
+    checksums = read_checksums(directory)
+    if checksums is not None:
+        return sorted((name, str(each)) for name, each in checksums.items())
+    files = sorted(file for pattern in _WEIGHT_FILES for file in directory.glob(pattern))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def write_checksums(directory: Path, files: Mapping[str, Checksum]) -> None:

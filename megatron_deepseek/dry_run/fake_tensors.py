@@ -2,7 +2,7 @@
 
 They are tensors of the CPU: torch without CUDA cannot compute gradients of fake tensors on a GPU. They may stand for a
 GPU's all the same. Then this project's code takes its branches for GPUs (device.on_accelerator), and those functions of
-torch that choose by device are replaced by what they choose on a GPU (`_AsOnGpu`).
+torch that choose by device are replaced by what they choose on a GPU (`_as_on_gpu`).
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch.distributed import Work
-from torch.overrides import TorchFunctionMode
 
 from megatron_deepseek.ops.backends.kernels import FAKES, NAMESPACE
 from megatron_deepseek.torch_private import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -111,20 +110,21 @@ def _on_host(arguments: tuple) -> bool:
 @contextmanager
 def nothing_computed(gpu: bool) -> Iterator[NothingComputed]:
     """Make tensors without numbers for a `with` block; `gpu`: they stand for a GPU's."""
-    with _AsOnGpu() if gpu else nullcontext(), NothingComputed(gpu) as mode:
+    with _as_on_gpu() if gpu else nullcontext(), NothingComputed(gpu) as mode:
         yield mode
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Replaces torch's functions that are made of others on a CPU, or choose among kernels, by what a GPU runs."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.rms_norm or function is torch.rms_norm:
-            return _fused_norm(*args, **kwargs)
-        if function is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs)
-        return function(*args, **kwargs)
+@contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """Replace torch's functions that are made of others on a CPU, or choose among kernels, by what a GPU runs. A mode
+    for functions would not see those that a backward calls to make a forward again.
+    """
+    before = F.rms_norm, F.scaled_dot_product_attention
+    F.rms_norm, F.scaled_dot_product_attention = _fused_norm, _fused_attention
+    try:
+        yield
+    finally:
+        F.rms_norm, F.scaled_dot_product_attention = before
 
 
 class _FusedNorm(torch.autograd.Function):

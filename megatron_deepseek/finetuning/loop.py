@@ -3,7 +3,6 @@
 The job and its loop are pre-training's (runtime/job.py, runtime/loop.py).
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,6 +20,7 @@ from megatron_deepseek.finetuning.data import (
     with_length,
     with_tokenizer,
 )
+from megatron_deepseek.finetuning.distillation.task import check_distillation, with_distillation
 from megatron_deepseek.finetuning.held_out import Evaluation, EvaluationSet
 from megatron_deepseek.finetuning.noise import NoisySampler
 from megatron_deepseek.finetuning.objectives import objective_of
@@ -28,13 +28,10 @@ from megatron_deepseek.finetuning.preference.task import with_preference
 from megatron_deepseek.finetuning.prompts import held_out_prompts
 from megatron_deepseek.finetuning.rows import Rows
 from megatron_deepseek.finetuning.start_notes import start_notes
-from megatron_deepseek.parallel.restarts import agent_store
+from megatron_deepseek.runtime.first_rank import await_check, tell_checked
 from megatron_deepseek.runtime.job import run_job
 from megatron_deepseek.runtime.task import Periodic, Prepared, RunData, Task
 from megatron_deepseek.settings import Settings
-
-_CHECKED = "conversations are prepared"  # a key of the agent's store
-_POLL_SECONDS = 0.1
 
 
 def finetune(settings: Settings) -> None:
@@ -53,23 +50,24 @@ class FineTuning(Task):
         settings = with_tokenizer(settings)
         self._tasks.load(settings)
         self._conversations = prepare_all(settings, partial(print, flush=True))
-        store = agent_store()
-        if store is not None:
-            store.set(_CHECKED, "1")
+        if settings.fine_tuning.distillation is not None:
+            check_distillation(settings, self._conversations.train)
+        tell_checked()
         return with_length(settings, self._conversations.rows_per_epoch)
 
     def wait(self) -> None:
-        """Wait without end for rank 0, which torchrun ends all ranks without. Joining waits for a limited time."""
-        store = agent_store()
-        while store is not None and not store.check([_CHECKED]):
-            time.sleep(_POLL_SECONDS)
+        await_check()
 
-    def prepare(self, settings: Settings) -> Prepared:
-        """Return what rank 0 has prepared, on all ranks, which read the same files."""
+    def conversations(self, settings: Settings) -> tuple[Settings, Conversations]:
+        """Return on all ranks what rank 0 has tokenised, and the settings with what only that tells."""
         told = [self._conversations]
         dist.broadcast_object_list(told)
         (conversations,) = told
-        settings = with_length(with_tokenizer(settings), conversations.rows_per_epoch)
+        return with_length(with_tokenizer(settings), conversations.rows_per_epoch), conversations
+
+    def prepare(self, settings: Settings) -> Prepared:
+        """Return what rank 0 has prepared, on all ranks, which read the same files."""
+        settings, conversations = self.conversations(settings)
         depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
         prepared = Prepared(
             settings, partial(_open_conversations, conversations, self._tasks),
@@ -77,6 +75,8 @@ class FineTuning(Task):
             {prefix: [counts.samples, counts.tokens] for prefix, counts
              in zip(conversations.train.prefixes, conversations.train.counts)},
             tuple(start_notes(settings, conversations)))
+        if settings.fine_tuning.distillation is not None:
+            return with_distillation(prepared, conversations)
         return prepared if settings.fine_tuning.preference is None else with_preference(prepared, conversations)
 
 

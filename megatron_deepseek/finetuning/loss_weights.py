@@ -75,6 +75,14 @@ class LossWeights:
         """Return the number of runs of each sample."""
         return np.diff(self.pointers).astype(np.uint32)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Return how many tokens of each sample have a weight, its first, which is no label, left out; int64."""
+        weighted = np.where(self.runs["weight"] != 0, self.runs["tokens"], 0)
+        ends = np.concatenate([[0], np.cumsum(weighted, dtype=np.int64)])
+        first = np.concatenate([weighted, [0]])[self.pointers[:-1].astype(np.int64)] > 0
+        return np.diff(ends[self.pointers.astype(np.int64)]) - (first & (self.counts > 0))
+
     def of(self, sample: int) -> np.ndarray:
         """Return the weight of each token of a sample, float32."""
         own = self.runs[int(self.pointers[sample]):int(self.pointers[sample + 1])]

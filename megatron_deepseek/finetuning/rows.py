@@ -1,5 +1,6 @@
 """The rows of an epoch, by number: what data/batches.py reads global batches from."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +12,8 @@ from megatron_deepseek.finetuning.loss_weights import LossWeights
 from megatron_deepseek.finetuning.plan import plan_epoch
 from megatron_deepseek.finetuning.prepare import Prepared
 from megatron_deepseek.finetuning.sample_values import VALUES, read_values
+
+Sample = tuple[np.ndarray, np.ndarray]  # its ids and loss weights
 
 
 class Rows:
@@ -72,7 +75,7 @@ class Rows:
         begin, end = self.plan.starts[place:place + 2].tolist()
         return [(int(self.plan.sources[place]), int(sample)) for sample in self.plan.samples[begin:end]]
 
-    def sample(self, source: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, source: int, number: int) -> Sample:
         """Return the ids and the loss weights of a sample."""
         file, weights = self._files[source]
         begin, end = self._starts[source][number:number + 2].tolist()
@@ -88,16 +91,23 @@ class Rows:
         here = self.samples_in(number)
         return self.filled([self.sample(*each) for each in here], here[0][0] if here else 0)
 
-    def filled(self, samples: list[tuple[np.ndarray, np.ndarray]], source: int) -> dict:
-        """Return a row of the samples, each its ids and loss weights, one behind the other, filled up with padding."""
-        length = self.prepared.settings.seq_length
-        tokens, labels = (np.full(length, self.prepared.pad, np.int64) for _ in range(2))
-        weights, documents = np.zeros(length, np.float32), np.full(length, len(samples), np.int64)
-        at = 0
-        for document, (ids, own) in enumerate(samples):
-            place = slice(at, at + len(ids) - 1)
-            tokens[place], labels[place], weights[place] = ids[:-1], ids[1:], own[1:]
-            documents[place], at = document, place.stop
-        arrays = {"tokens": tokens, "labels": labels, "loss_mask": weights, "documents": documents,
-                  "real": np.arange(length) < at}
-        return {name: torch.from_numpy(each) for name, each in arrays.items()} | {"source": source}
+    def filled(self, samples: list[Sample], source: int) -> dict:
+        """Return a row of the samples: `filled_row`, with the number of their dataset."""
+        return filled_row(samples, self.prepared.settings.seq_length, self.prepared.pad) | {"source": source}
+
+
+def filled_row(samples: Sequence[Sample], length: int, pad: int) -> dict[str, torch.Tensor]:
+    """Return a row of the samples, each its ids and loss weights, one behind the other, filled up with padding.
+
+    These are the tensors of an item of Rows.
+    """
+    tokens, labels = (np.full(length, pad, np.int64) for _ in range(2))
+    weights, documents = np.zeros(length, np.float32), np.full(length, len(samples), np.int64)
+    at = 0
+    for document, (ids, own) in enumerate(samples):
+        place = slice(at, at + len(ids) - 1)
+        tokens[place], labels[place], weights[place] = ids[:-1], ids[1:], own[1:]
+        documents[place], at = document, place.stop
+    arrays = {"tokens": tokens, "labels": labels, "loss_mask": weights, "documents": documents,
+              "real": np.arange(length) < at}
+    return {name: torch.from_numpy(each) for name, each in arrays.items()}

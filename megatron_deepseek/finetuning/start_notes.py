@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_deepseek.fine_tuning_settings import DistillationSettings
 from megatron_deepseek.finetuning.data import Conversations
 from megatron_deepseek.finetuning.plan import batches_of
 from megatron_deepseek.model.architecture.freezing import is_frozen, parameter_shapes
@@ -22,7 +23,9 @@ def start_notes(settings: Settings, data: Conversations) -> Iterator[str]:
 
 
 def _objective(settings: Settings) -> str:
-    preference = settings.fine_tuning.preference
+    preference, distillation = settings.fine_tuning.preference, settings.fine_tuning.distillation
+    if distillation is not None:
+        return _mixture(distillation)
     if preference is None:
         return f"the mean over {settings.fine_tuning.loss_average}s"
     over = "answers" if preference.objective == "kto" else "pairs"
@@ -31,6 +34,14 @@ def _objective(settings: Settings) -> str:
         "; the reference's log-probabilities are computed once and kept with the tokenised data")
     beta = f", beta {preference.beta:g}" if preference.objective != "reward" else ""
     return f"{preference.objective}{beta}, the mean over {over}{reference}"
+
+
+def _mixture(distillation: DistillationSettings) -> str:
+    """Return what is learnt from a teacher and what from labels."""
+    beta = f" (beta {distillation.kd_jsd_beta:g})" if distillation.kd_loss == "jsd" else ""
+    labels = f" + {1 - distillation.kd_ratio:g} x the labels'" if distillation.kd_ratio < 1 else ""
+    return (f"{distillation.factor:g} x {distillation.kd_loss}{beta} from {distillation.teacher} at temperature "
+            f"{distillation.kd_temperature:g}{labels}, means over tokens")
 
 
 def _rows(settings: Settings, data: Conversations) -> Iterator[str]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from megatron_deepseek.checkpoint.convert import block_fp8
 from megatron_deepseek.checkpoint.convert.names import Place, native_places
 from megatron_deepseek.checkpoint.convert.source import TensorSource
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 from megatron_deepseek.inference.model_files import FP8
 from megatron_deepseek.inference.quantised import Fp8Weight, HeldWeight, Nf4Weight, exchange
 from megatron_deepseek.ops import nf4

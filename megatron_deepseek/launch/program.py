@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-ENTRIES = ("pretrain_deepseek.py", "finetune_deepseek.py")
+ENTRIES = ("pretrain_deepseek.py", "finetune_deepseek.py", "train_grpo.py", "cache_logits.py")
 
 
 def program() -> str:

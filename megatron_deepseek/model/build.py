@@ -143,14 +143,16 @@ def shape_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
         return stages
 
 
-def shape_whole(config: ModelConfig, meshes: Meshes, max_length: int, dtype: torch.dtype) -> DeepseekStage:
+def shape_whole(config: ModelConfig, meshes: Meshes, max_length: int, dtype: torch.dtype,
+                lora: LoraSettings | None = None, base: BaseSettings | None = None) -> DeepseekStage:
     """Return the whole model on the meta device, divided over TP and EP, MTP modules included.
 
-    Routers, and the biases that steer them, keep float32, as in training.
+    `lora` and `base` are as in BuildOptions. Routers, and the biases that steer them, keep float32, as in training.
     """
     whole = Stage(embedding=True, layers=tuple(range(config.num_hidden_layers)),
                   mtp=tuple(range(config.num_nextn_predict_layers)), loss=True)
-    (stage,) = shape_stages(config, [whole], meshes, max_length, BuildOptions(precision=Precision(dtype)))
+    (stage,) = shape_stages(config, [whole], meshes, max_length,
+                            BuildOptions(precision=Precision(dtype), lora=lora, base=base))
     wide = torch.promote_types(dtype, torch.float32)
     for module in stage.modules():
         if isinstance(module, Router):

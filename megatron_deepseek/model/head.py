@@ -4,10 +4,12 @@ Logits are the largest tensors of a model: 1 GiB in bfloat16 for V3 at 4,096 tok
 needs several times that. So where they are many they are computed by chunks of tokens, and again in the backward
 (parallel/vocabulary_chunks.py).
 
-Shapes: B batch, S sequence, H hidden, T = B*S tokens, V vocabulary, v = V/tp this rank's part of it.
+Shapes: B batch, S sequence, H hidden, T = B*S tokens, V vocabulary, v = V/tp this rank's part of it,
+M ids that a token was drawn among.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -47,12 +49,29 @@ class OutputHead:
         self.tp, self.chunk_size, self._weight, self._gemm = tp, chunk_size, weight, gemm
         self.cross_entropy = CrossEntropy()
 
+    def rows(self) -> torch.Tensor:
+        """Return this rank's rows of the weight, [v, H], in what is computed in; to be called during a forward."""
+        return self._weight()
+
+    def inputs(self, state_BSH: torch.Tensor) -> torch.Tensor:
+        """Return the state of the whole local sequence, [B, S, H], the same on all TP ranks."""
+        return self.tp.enter(state_BSH)
+
     def logits(self, state_BSH: torch.Tensor) -> torch.Tensor:
         """Return the logits of this rank's part of the vocabulary, [B, S, v]."""
         return self._gemm()(self.tp.enter(state_BSH), self._weight())
 
-    def log_probabilities(self, state_BSH: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Return log p(label | state) of each token [B, S], in at least float32; labels are global ids."""
+    def log_probabilities(self, state_BSH: torch.Tensor, labels_BS: torch.Tensor, temperature: float = 1.0,
+                          kept_BSM: torch.Tensor | None = None) -> torch.Tensor:
+        """Return log p(label | state) of each token [B, S], in at least float32; labels are global ids.
+
+        The distribution is the softmax of logits / temperature over the vocabulary or, where `kept_BSM` is given, over
+        the ids that it has for a token: VocabularyLogits.log_probabilities_among. These two go through autograd by
+        chunks, and defer no gradient of the weight; without them the head's own backward does.
+        """
+        if temperature != 1 or kept_BSM is not None:
+            kept = () if kept_BSM is None else (kept_BSM,)
+            return self.for_chunks(state_BSH, partial(_drawn, temperature=temperature), labels_BS, *kept)
         x_TH, weight_vH, chunk_size = self._chunks(state_BSH)
         if chunk_size is None:
             logits_Tv = self._gemm()(x_TH, weight_vH)
@@ -61,9 +80,9 @@ class OutputHead:
         return vocabulary_chunks.log_probabilities(x_TH, weight_vH, labels_BS.flatten(), chunk_size, self.tp,
                                                    self._gemm().defer, self.cross_entropy).view_as(labels_BS)
 
-    def entropy(self, state_BSH: torch.Tensor) -> torch.Tensor:
-        """Return the entropy of each token's distribution, in nats, [B, S], in at least float32."""
-        return self.for_chunks(state_BSH, VocabularyLogits.entropy)
+    def entropy(self, state_BSH: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Return the entropy of each token's softmax of logits / temperature, in nats, [B, S], in at least float32."""
+        return self.for_chunks(state_BSH, lambda logits: logits.at_temperature(temperature).entropy())
 
     def for_chunks(self, state_BSH: torch.Tensor, function: Callable, *per_token: torch.Tensor):
         """Return `function(logits, *per_token)` for all tokens, by chunks: a tensor [B, S, ...], or a tuple of them.
@@ -87,6 +106,13 @@ class OutputHead:
         x_TH, weight_vH = self.tp.enter(state_BSH).flatten(0, 1), self._weight()
         chunk_size = self.chunk_size or default_chunk_size(len(weight_vH), x_TH.dtype)
         return x_TH, weight_vH, chunk_size if chunk_size < len(x_TH) else None
+
+
+def _drawn(logits: VocabularyLogits, labels_T: torch.Tensor, kept_TM: torch.Tensor | None = None, *,
+           temperature: float) -> torch.Tensor:
+    """Return log p of labels that were drawn at a temperature, and among the kept ids where there are any."""
+    logits = logits.at_temperature(temperature)
+    return logits.log_probabilities(labels_T) if kept_TM is None else logits.log_probabilities_among(labels_T, kept_TM)
 
 
 class ScoreHead:

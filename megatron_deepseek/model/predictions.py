@@ -29,17 +29,22 @@ class Predictions:
         """Return how many MTP predictions there are besides the main one."""
         return len(self.states) - 1
 
-    def log_probabilities(self, depth: int = 0) -> torch.Tensor:
-        """Return log p(label) of each token, [B, S], in at least float32, with its gradient."""
-        return self.head.log_probabilities(self.states[depth], self.labels_BMS[:, depth])
+    def log_probabilities(self, depth: int = 0, temperature: float = 1.0, kept_BSM: torch.Tensor | None = None
+                          ) -> torch.Tensor:
+        """Return log p(label) of each token, [B, S], in at least float32, with its gradient.
+
+        The distribution is the softmax of logits / temperature, where `kept_BSM` is given among the ids of its last
+        dimension, as a sampler drew from it; -1 is no id, and a token with nothing else has the whole vocabulary.
+        """
+        return self.head.log_probabilities(self.states[depth], self.labels_BMS[:, depth], temperature, kept_BSM)
 
     def scores(self) -> torch.Tensor:
         """Return a reward model's score of each token, [B, S], in at least float32, with its gradient."""
         return self.head.scores(self.states[0])
 
-    def entropy(self, depth: int = 0) -> torch.Tensor:
-        """Return the entropy in nats of each token's prediction, [B, S], with its gradient."""
-        return self.head.entropy(self.states[depth])
+    def entropy(self, depth: int = 0, temperature: float = 1.0) -> torch.Tensor:
+        """Return the entropy in nats of each token's softmax of logits / temperature, [B, S], with its gradient."""
+        return self.head.entropy(self.states[depth], temperature)
 
     def for_chunks(self, function: Callable, *per_token: torch.Tensor, depth: int = 0):
         """Return what `function` makes of the logits of each chunk of tokens, [B, S, ...]: see OutputHead."""

@@ -46,6 +46,10 @@ class Rows:
         """Return the sum of each document over all its tokens, [B, D]; rows are one document where none are given."""
         return self.sums.per_document(x_BS)
 
+    def of_documents(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Return what x has of each token's document, [B, S]; [B, 1] where rows are one document."""
+        return self.sums.of_documents(x_BD)
+
     def later(self, x_BS: torch.Tensor, by: int) -> torch.Tensor:
         """Return what x has `by` tokens later in its row, on whichever rank that token is; 0 behind the end."""
         return self.sums.later(x_BS, by)

@@ -22,7 +22,7 @@ from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.paired_chunks import overlap_pairs
 from megatron_deepseek.parallel.schedule_rules import rank_of_stage
-from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage
+from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage, SendingStage
 from megatron_deepseek.parallel.watch import Act, Watch, unwatched
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
 from megatron_deepseek.torch_private import (
@@ -121,8 +121,7 @@ class Pipeline:
         for module in self.modules:
             module.train()
         if self.meshes.layout.pp > 1:
-            return self._run(self._schedule(micro_batches, num_predictions, train=True).step, tokens_BS, micro_batches,
-                             step)
+            return self._run(tokens_BS, micro_batches, step, num_predictions, train=True)
         (module,), last = self.modules, len(micro_batches.items) - 1
         for i, (x, micro_batch) in enumerate(_with_tokens(tokens_BS, micro_batches)):
             synchronize_gradients(module, i == last)
@@ -138,7 +137,7 @@ class Pipeline:
         for module in self.modules:
             module.eval()
         if self.meshes.layout.pp > 1:
-            self._run(self._schedule(micro_batches, num_predictions, train=False).eval, tokens_BS, micro_batches, step)
+            self._run(tokens_BS, micro_batches, step, num_predictions, train=False)
         else:
             (module,) = self.modules
             for x, micro_batch in _with_tokens(tokens_BS, micro_batches):
@@ -146,37 +145,42 @@ class Pipeline:
         for module in self.modules:
             reshard(module)
 
-    def _run(self, run_schedule, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any) -> None:
+    def _run(self, tokens_BS: torch.Tensor, micro_batches: MicroBatches, step: Any, num_predictions: int, train: bool
+             ) -> None:
         args = (tokens_BS,) if self.holds_first else ()
         target = tokens_BS if self.holds_last else None
-        run_schedule(*args, target=target, return_outputs=False, micro_batches=micro_batches, step=step)
-
-    def _schedule(self, micro_batches: MicroBatches, num_predictions: int, train: bool):
         key = len(micro_batches.items), num_predictions, train
         if key not in self._schedules:
             self._schedules[key] = self._build_schedule(*key)
-        return self._schedules[key]
+        schedule, stages = self._schedules[key]
+        run = schedule.step if train else schedule.eval
+        run(*args, target=target, return_outputs=False, micro_batches=micro_batches, step=step)
+        for stage in stages:
+            if isinstance(stage, SendingStage):
+                stage.finish_sends()
 
-    def _build_schedule(self, num_microbatches: int, num_predictions: int, train: bool):
-        stages = [self._stage(*each, num_predictions) for each in zip(self.modules, self.indices, self.deferred)]
+    def _build_schedule(self, num_microbatches: int, num_predictions: int, train: bool
+                        ) -> tuple[Any, list[ReducingStage]]:
+        schedule = get_schedule_class(self.schedule) if train else ForwardOnly
+        single = issubclass(schedule, PipelineScheduleSingle)
+        kind = ReducingStage if single else SendingStage
+        stages = [self._stage(kind, *each, num_predictions) for each in zip(self.modules, self.indices, self.deferred)]
         if not train:
             number = self.travel.num_stages
             ranks = [rank_of_stage(s, number, self.meshes.layout.pp, self.schedule) for s in range(number)]
-            return ForwardOnly(stages, num_microbatches, _loss_is_output, ranks)
-        kind = get_schedule_class(self.schedule)
-        single = issubclass(kind, PipelineScheduleSingle)
-        schedule = kind(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
+            return ForwardOnly(stages, num_microbatches, _loss_is_output, ranks), stages
+        built = schedule(stages[0] if single else stages, num_microbatches, loss_fn=_loss_is_output, scale_grads=False)
         if self.overlap is not None:
-            overlap_pairs(schedule, self.overlap)
-        return schedule
+            overlap_pairs(built, self.overlap)
+        return built, stages
 
-    def _stage(self, module: nn.Module, index: int, deferred: DeferredGradients | None, num_predictions: int
-               ) -> PipelineStage:
-        return ReducingStage(module, index, self.travel.num_stages, self.meshes.device,
-                             input_args=self.travel.received(index, num_predictions),
-                             output_args=self.travel.passed_on(index, num_predictions),
-                             group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None,
-                             watch=self._watch)
+    def _stage(self, kind: type[ReducingStage], module: nn.Module, index: int, deferred: DeferredGradients | None,
+               num_predictions: int) -> ReducingStage:
+        return kind(module, index, self.travel.num_stages, self.meshes.device,
+                    input_args=self.travel.received(index, num_predictions),
+                    output_args=self.travel.passed_on(index, num_predictions),
+                    group=self.meshes.group("pp"), dw_builder=deferred.take if deferred else None,
+                    watch=self._watch)
 
 
 def first_trained_stage(modules: list[nn.Module], indices: list[int], num_stages: int, meshes: Meshes) -> int:

@@ -39,10 +39,17 @@ class SequenceSums:
         """Return the sum of each document over all its tokens, [B, D]; 0 behind a row's last document."""
         if self.documents is None:
             return self.per_row(x_BS).unsqueeze(1)
-        places_BS = self.documents.places_BS
-        own_BS = places_BS if self.positions_S is None else places_BS[:, self.positions_S]
         sums_BD = x_BS.new_zeros(x_BS.shape[0], self.documents.most)
-        return self.over_ranks(sums_BD.scatter_add(1, send(own_BS, x_BS.device), x_BS))
+        return self.over_ranks(sums_BD.scatter_add(1, self._own_places(x_BS.device), x_BS))
+
+    def of_documents(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """Return for each of this rank's tokens what x has of its document, [B, S]; [B, 1] where rows are documents."""
+        return x_BD if self.documents is None else x_BD.gather(1, self._own_places(x_BD.device))
+
+    def _own_places(self, device: torch.device) -> torch.Tensor:
+        """Return the document of each of this rank's tokens, counted from 0 within its row."""
+        places_BS = self.documents.places_BS
+        return send(places_BS if self.positions_S is None else places_BS[:, self.positions_S], device)
 
     def later(self, x_BS: torch.Tensor, by: int) -> torch.Tensor:
         """Return what x has `by` tokens later in the row, on whichever rank that is; 0 behind the row's end."""

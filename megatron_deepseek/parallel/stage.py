@@ -8,6 +8,10 @@ backward; so such stages are left to PyTorch.
 It also makes receive buffers for every micro-batch of a step before the first, and keeps them: of V3 with 1,920
 micro-batches half a terabyte. Here a buffer is made when its receive is started. Hidden states are from then on the
 graph's, gradients the backward's, and freed with it.
+
+And its runtime for several stages keeps the handles of all sends until the step ends. Gloo's handle of a send keeps
+what was sent until somebody waits, so that hidden states and gradients of all micro-batches add up; NCCL lets go of
+what has been sent by itself. Here a stage sends by itself, and waits for a send when it begins the next one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
 from megatron_deepseek.parallel.data import reshard
 from megatron_deepseek.parallel.watch import Act, Watch, unwatched
-from megatron_deepseek.torch_private import stage_backward
+from megatron_deepseek.torch_private import _batch_p2p, _wait_batch_p2p, stage_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +149,41 @@ class ReducingStage(PipelineStage):
         It makes such connections under V-shaped schedules; gloo has none.
         """
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+class SendingStage(ReducingStage):
+    """A stage that sends by itself what torch's runtime for several stages would send, and lets go of it early.
+
+    No rank waits for ever for a send before its last one: the runtime's lists have each receive in the turn of its
+    send, before all that needs what is sent or computed later, so they could be run with sends that wait at once.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sent: dict[str, list[dist.Work]] = {"F": [], "B": []}
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list:
+        """Send the output of a forward; return nothing for the runtime to send."""
+        return self._send("F", super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list:
+        """Send the gradient of a backward's input; return nothing for the runtime to send."""
+        return self._send("B", super().get_bwd_send_ops(bwd_chunk_id))
+
+    def finish_sends(self) -> None:
+        """Wait for all that has been sent."""
+        for kind in self._sent:
+            self._wait(kind)
+
+    def _send(self, kind: str, ops: list[dist.P2POp]) -> list:
+        if self.device.type != "cuda":
+            self._wait(kind)
+        self._sent[kind] += _batch_p2p(ops)
+        return []
+
+    def _wait(self, kind: str) -> None:
+        _wait_batch_p2p(self._sent[kind])
+        self._sent[kind] = []
 
 
 def _place_buffers(infos: Sequence, device: torch.device) -> None:

@@ -1,17 +1,19 @@
 """Logits whose columns are divided over TP ranks, and what can be computed of all columns without gathering them.
 
-Shapes: T tokens, V vocabulary, v = V/tp this rank's part of it, K ids of each token.
+Shapes: T tokens, V vocabulary, v = V/tp this rank's part of it, K or M ids of each token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
-from megatron_deepseek.parallel.collectives import sum_alike
+from megatron_deepseek.parallel.collectives import all_gather, sum_alike
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import local_ids, log_normalizer
+
+_NEVER = -1e30  # the logit of an id that is left out: its probability is 0, and 0 times its logarithm is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +62,64 @@ class VocabularyLogits:
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """Return log p of the vocabulary's ids [T] or [T, K], in their shape."""
-        local_TK, mine_TK = local_ids(ids.view(len(ids), -1), self.local_Tv.shape[-1], self.tp)
-        own_TK = self.wide_Tv.gather(-1, local_TK).where(mine_TK, 0)
-        logits_TK = own_TK if self.tp.size == 1 else sum_alike(own_TK, self.tp.group)
+        logits_TK = self._logits_of(ids.view(len(ids), -1))
         return (logits_TK - self.log_normalizer_T.unsqueeze(-1)).view_as(ids)
+
+    def log_probabilities_among(self, ids_T: torch.Tensor, kept_TM: torch.Tensor) -> torch.Tensor:
+        """Return log p of the vocabulary's ids [T] in the softmax over each token's kept ids alone, of which it is one.
+
+        -1 is no id; a token without any has the whole vocabulary.
+        """
+        there_TM = kept_TM >= 0
+        all_T1 = ~there_TM.any(-1, keepdim=True)
+        logits_TM = self._logits_of(torch.cat([ids_T.unsqueeze(-1), kept_TM.long()], -1))
+        kept = logits_TM[:, 1:].masked_fill(~(there_TM | all_T1), -torch.inf)
+        return logits_TM[:, 0] - kept.logsumexp(-1).where(~all_T1.squeeze(-1), self.log_normalizer_T)
+
+    def at_temperature(self, temperature: float) -> "VocabularyLogits":
+        """Return the logits divided by the temperature."""
+        return self if temperature == 1 else replace(self, local_Tv=self.wide_Tv / temperature)
+
+    def of_first(self, number: int) -> "VocabularyLogits":
+        """Return the logits of the first ids of the vocabulary; those behind them, its padding, are never predicted."""
+        mine = number - self.tp.rank * self.local_Tv.shape[-1]
+        if mine >= self.local_Tv.shape[-1]:
+            return self
+        left_out_v = torch.arange(self.local_Tv.shape[-1], device=self.local_Tv.device) >= mine
+        return replace(self, local_Tv=self.wide_Tv.masked_fill(left_out_v, _NEVER))
+
+    def log_probabilities_of_all(self) -> torch.Tensor:
+        """Return log p of this rank's columns, [T, v], finite and without a gradient."""
+        wide_Tv = self.wide_Tv.detach()
+        return (wide_Tv - self.log_normalizer_T.detach().unsqueeze(-1)).clamp_(min=_NEVER)
+
+    def top(self, number: int) -> torch.Tensor:
+        """Return the ids with the largest logits, int64 [T, number], the largest first, without a gradient."""
+        own = min(number, self.local_Tv.shape[-1])
+        logits_TK, ids_TK = self.wide_Tv.detach().topk(own)
+        ids_TK = ids_TK + self.tp.rank * self.local_Tv.shape[-1]
+        if self.tp.size == 1:
+            return ids_TK
+        logits_TK, ids_TK = (all_gather(each, 1, self.tp.group) for each in (logits_TK, ids_TK))
+        return ids_TK.gather(-1, logits_TK.topk(number).indices)
+
+    def log_rest(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the log of the probability of all ids but those of `ids_TK`, [T]; very low where there are none."""
+        columns = self.local_Tv.shape[-1]
+        local_TK, mine_TK = local_ids(ids_TK, columns, self.tp)
+        named_Tv = torch.zeros(len(ids_TK), columns + 1, dtype=torch.bool, device=ids_TK.device)
+        named_Tv = named_Tv.scatter_(-1, local_TK.where(mine_TK, columns), True)[:, :columns]  # others' in the last one
+        return log_normalizer(self.wide_Tv.masked_fill(named_Tv, _NEVER), self.tp) - self.log_normalizer_T
 
     def entropy(self) -> torch.Tensor:
         """Return -sum of p log p over the vocabulary, in nats, [T]."""
         return _Entropy.apply(self.wide_Tv, self.log_normalizer_T.detach(), self.tp)
+
+    def _logits_of(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the vocabulary's ids, 0 for what is no id."""
+        local_TK, mine_TK = local_ids(ids_TK, self.local_Tv.shape[-1], self.tp)
+        own_TK = self.wide_Tv.gather(-1, local_TK).where(mine_TK, 0)
+        return own_TK if self.tp.size == 1 else sum_alike(own_TK, self.tp.group)
 
 
 class _Entropy(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The loop of steps, validations and saves of a run, whatever its task."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ from megatron_deepseek.runtime.recorded import Job, record
 from megatron_deepseek.runtime.replicas import ReplicasDiffer, check_replicas
 from megatron_deepseek.runtime.report import Report
 from megatron_deepseek.runtime.resume import describe_changes
-from megatron_deepseek.runtime.saving import Saver, what_stays
-from megatron_deepseek.runtime.task import Periodic, Prepared
+from megatron_deepseek.runtime.saving import Saver, nothing_more, what_stays
+from megatron_deepseek.runtime.task import MadeBatch, Periodic, Prepared
 from megatron_deepseek.runtime.user_errors import end_on_user_error
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.next_token import by_source
@@ -46,15 +46,18 @@ class Run:
         self.settings, self.trainer, self.report, self.state = settings, trainer, report, state
         with end_on_user_error():
             data = task.open_data(settings, state, report.message)
+            if data.maker is not None and state.iteration > 0:
+                data.maker.resume(start.load, state)
         self.train_data, self.validate, self.periodic = data.train, data.validate, data.periodic
-        self.complete = data.complete
+        self.complete, self.maker = data.complete, data.maker
         if settings.lora is not None and settings.lora.lora_dropout:
             self.train_data = KeyedRows(data.train, settings.run.seed)
         recorded = self.recorded = record(settings, start.origin, job, task.files) if dist.get_rank() == 0 else None
         if recorded is not None and state.iteration < settings.run.train_iters:
             describe_changes(report, start, recorded)
         self.saver = Saver(settings.run, settings.model, trainer, report, state.iteration if start.is_saved else None,
-                           recorded, lambda: keep_beside(settings, start), start.lock, base)
+                           recorded, lambda: keep_beside(settings, start), start.lock, base,
+                           data.maker.keep if data.maker is not None else nothing_more)
         self.saver.keep_assets()
         self.interruptions = Interruptions(settings.run, dist.get_rank() == 0, begun)
         self.not_finite = NotFinite(settings.run.nan_policy, settings.run.max_skipped_steps)
@@ -77,6 +80,9 @@ class Run:
             except (FloatingPointError, ReplicasDiffer):
                 self.saver.finish()  # a save on its way is that of a healthy step
                 raise
+            finally:
+                if self.maker is not None:
+                    self.maker.close()
             self.saver.save(self.state)
             save = self.settings.run.save
             with end_on_user_error(f"; it was the last of this run: {what_stays(save)}" if save is not None else ""):
@@ -84,13 +90,22 @@ class Run:
 
     def _steps(self) -> None:
         with profiler(self.settings.run, dist.get_rank()) as profile:
-            for batch in read_ahead(self._read, self._requests(), self.settings.data.num_workers):
-                stop_flags = self._step(batch)
+            for size, made in self._batches():
+                stop_flags = self._step(size, made)
                 profile.step()
                 self.garbage.after_step(self.state.iteration)
                 self._compare_replicas()
                 if self._between_steps(stop_flags):
                     break
+
+    def _batches(self) -> Iterator[tuple[int, MadeBatch]]:
+        """Yield the number of samples of each remaining step, and this data rank's rows of them."""
+        if self.maker is not None:
+            for _, size, *_ in self._requests():
+                yield size, self.maker.make(self.trainer, self.state, size)
+            return
+        for batch in read_ahead(self._read, self._requests(), self.settings.data.num_workers):
+            yield batch.num_rows * self.settings.layout.dp, MadeBatch(batch)
 
     def _read(self, *request) -> Batch:
         """Read a batch, ready to be copied to the device. A thread calls it while the step before is made."""
@@ -130,10 +145,9 @@ class Run:
     def _data_rank(self) -> tuple[int, int]:
         return self.trainer.meshes.rank("dp"), self.settings.layout.dp
 
-    def _step(self, batch: Batch) -> StopFlags:
+    def _step(self, size: int, made: MadeBatch) -> StopFlags:
         begin, settings, state = time.perf_counter(), self.settings, self.state
-        rate, size = learning_rate(self.schedule, state.consumed_samples), batch.num_rows * settings.layout.dp
-        batch = batch.to(self.trainer.meshes.device)
+        rate, batch = learning_rate(self.schedule, state.consumed_samples), made.batch.to(self.trainer.meshes.device)
         if self.complete is not None:
             batch = self.complete(self.trainer, batch)
         result = self.trainer.train_step(batch, rate, bias_rate(settings.loss, state, size),
@@ -142,7 +156,8 @@ class Run:
         self._check_health(result, batch)
         self._report_graphs()
         self.state = state.after(size, result.updated)
-        metrics = self._metrics(result, rate, size * settings.data.seq_length, seconds)
+        tokens = batch.num_rows * settings.layout.dp * settings.data.seq_length
+        metrics = self._metrics(result, rate, tokens, seconds, made.reports)
         self.report.step(metrics)
         self.report.curves(metrics.iteration, self.curves.of(metrics, size, self.state.consumed_samples))
         load = self.experts.after_step(self.state.iteration, result.expert_counts) if self.experts else None
@@ -155,7 +170,8 @@ class Run:
         iteration = self.state.iteration + 1
         skipped = self.not_finite.check(iteration, result, lambda: find_origin(self.trainer, batch))
         unlabelled = self.labels.see(iteration, result.losses.num_labels)
-        spike = self.spikes.see(iteration, result.losses.trained[1]) if result.losses.num_labels else None
+        watched = result.losses.num_labels and self.maker is None  # rewards decide the size of other losses
+        spike = self.spikes.see(iteration, result.losses.trained[1]) if watched else None
         for line in (skipped, unlabelled, spike):
             if line is not None:
                 self.report.message(line)
@@ -165,7 +181,8 @@ class Run:
         if compiled is not None:
             self.report.message(compiled)
 
-    def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float) -> StepMetrics:
+    def _metrics(self, result: StepResult, rate: float, tokens: int, seconds: float, reports: Mapping[str, float]
+                 ) -> StepMetrics:
         run, losses, mfu, peak_memory = self.settings.run, result.losses, None, None
         device, speed = self.trainer.meshes.device, tokens / seconds * self.flops_per_token
         if is_accelerator(device):
@@ -177,12 +194,13 @@ class Run:
         balance = losses.balance_loss if self.settings.loss.balance_type != "none" else None
         spread = self.settings.layout.ep * self.settings.layout.etp > 1
         limited = self.settings.loss.moe_expert_capacity_factor is not None
-        source_loss, source_tokens = by_source(self.train_data.source_names, losses.sources)
+        names = self.train_data.source_names if self.train_data is not None else ()
+        source_loss, source_tokens = by_source(names, losses.sources)
         return StepMetrics(
             iteration=self.state.iteration,
             lm_loss=losses.lm_loss,
             mtp_loss=losses.mtp_loss,
-            objective=losses.objective,
+            objective={**losses.objective, **reports},
             balance_loss=balance,
             grad_norm=result.grad_norm,
             learning_rate=rate,

@@ -24,10 +24,12 @@ _SILENT = {"run": {"save", "load", "ckpt_step", "finetune", "no_load_optim", "in
            "data": {"data_cache_path", "seed", "full_validation", "multiple_validation_sets", "validation_set_names",
                     "num_workers"}, "model": {"released_as"},
            "fine_tuning": {"eval_dataset", "num_workers", "recipe", "dry_run", "generate_every",
-                           "generate_prompts", "generate_tokens"}}
+                           "generate_prompts", "generate_tokens"},
+           "reinforcement": {"reward_workers", "eval_prompts"}}
 # Fields and whole sections (None) whose change makes it another run (_EXACT), or changes it by rounding (_ROUNDING).
 _EXACT = {"model": None, "optimizer": None, "learning_rate": None, "batch": {"global_batch_size", "rampup_batch_size"},
-          "loss": None, "data": None, "files": None, "fine_tuning": None, "lora": None, "base": None,
+          "loss": None, "data": None, "files": None, "fine_tuning": None, "reinforcement": None, "rollout": None,
+          "policy_loss": None, "lora": None, "base": None,
           "run": {"seed", "bf16", "fp8_format", "freeze_parameters"}}
 _ROUNDING = {"layout": None, "pipeline": None, "communication": None, "batch": {"micro_batch_size"},
              "run": {"sharding", "fp8_param_gather"}}

@@ -279,7 +279,7 @@ def _held_out_line(iteration: int, name: str, results: dict[str, Any]) -> str:
 
 _REWARDS: Mapping[str, Callable[[Any], str]] = {
     "rewards_margin": "reward margin {:.4f}".format, "rewards_accuracy": "reward accuracy {:.1%}".format,
-    "kl": "kl {:.4f}".format}
+    "kl": "kl {:.4f}".format, "reward": "reward {:.4f}".format}
 _HELD_OUT: Mapping[str, Callable[[Any], str]] = {
     "loss": "loss {:.4f}".format, "perplexity": "perplexity {:.3f}".format,
     "token_accuracy": "token accuracy {:.1%}".format, "exact_match": "exact match {:.1%}".format,

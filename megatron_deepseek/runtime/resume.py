@@ -80,7 +80,7 @@ def check_and_decide(settings: Settings, job: Job, lock: SaveLock | None, task: 
         if run.load_adapter is not None and start.load is not None:
             _check_adapter(settings, start)
         schedule_of(settings.learning_rate, run, settings.batch, _begins_at(start))
-        if settings.lora or settings.fine_tuning:  # before weights are read that may not fit
+        if settings.lora or settings.fine_tuning or settings.reinforcement:  # before weights are read that may not fit
             print(*memory_table(settings, has_accelerator()), sep="\n", flush=True)
         if run.save_hf is not None:
             check_export(run, settings.model, start.load if _is_finished(settings, start) else None)

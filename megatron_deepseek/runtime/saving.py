@@ -38,6 +38,11 @@ from megatron_deepseek.settings import RunSettings
 from megatron_deepseek.training.trainer import Trainer
 
 
+def nothing_more() -> Callable[[Path], None]:
+    """Return what writes the further files of a checkpoint where a task has none."""
+    return lambda directory: None
+
+
 class TakenOver(Exception):
     """The error after which nothing may be written to --save any more: another run has its lock."""
 
@@ -58,21 +63,22 @@ class Saver:
     `begun`: the iteration that was saved last. On rank 0 `recorded` goes into every checkpoint as arguments.json, and
     `keep` writes the files that belong beside the checkpoints, where they are missing. `lock`: the token of --save's
     lock, without which nothing is written there; "" for no lock. `base`: that of adapters, which alone are then saved.
+    `more` is asked at each save for what adds the task's own files to the checkpoint's directory, on one rank.
     """
 
     def __init__(self, run: RunSettings, model: ModelConfig, trainer: Trainer, report: Report, begun: int | None,
                  recorded: RecordedArguments | None = None, keep: Callable[[], None] = lambda: None, lock: str = "",
-                 base: Base | None = None):
+                 base: Base | None = None, more: Callable[[], Callable[[Path], None]] = nothing_more):
         self.run, self.model, self.report, self.begun, self.keep, self.lock = run, model, report, begun, keep, lock
         self.notes = {LAYOUT: layout_note(trainer.meshes.layout, trainer.spec.stages, trainer.spec.schedule,
                                           trainer.spec.seq_length)}
         if recorded is not None:
             self.notes[ARGUMENTS] = recorded.to_json()
-        self.complete: Callable[[Path], None] = lambda directory: None
+        self.additions: tuple[Callable[[], Callable[[Path], None]], ...] = (more,)
         if base is not None:
             lora = trainer.spec.build.lora
             self.notes[BASE] = base.note(lora)
-            self.complete = partial(add_adapter, model, lora, base)
+            self.additions += (lambda: partial(add_adapter, model, lora, base),)
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
         self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
                                     timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
@@ -94,7 +100,7 @@ class Saver:
         self.failed = None
         if self.background is not None:
             future = self.background.begin(self.run.save, state, self.model, self.stages, self.optimizer,
-                                           self.run.keep_last, self.notes, self._still_mine, self.complete)
+                                           self.run.keep_last, self.notes, self._still_mine, self._complete())
             stall = time.perf_counter() - begin
             self.pending = _Pending(future, state.iteration, begin, stall)
         else:
@@ -116,6 +122,16 @@ class Saver:
             self.report.message(f"config.json and tokenizer are not kept with --save {self.run.save}: {error}. The "
                                 "next save tries again")
 
+    def _complete(self) -> Callable[[Path], None]:
+        """Return what adds further files to the checkpoint of this moment."""
+        writers = [each() for each in self.additions]
+
+        def write(directory: Path) -> None:
+            for each in writers:
+                each(directory)
+
+        return write
+
     def _still_mine(self) -> None:
         """End this rank if --save has become another run's while this one was suspended or cut off.
 
@@ -130,7 +146,7 @@ class Saver:
         try:
             directory = checkpoint.save(self.run.save, state, self.model, self.stages, self.optimizer,
                                         self.run.keep_last, self.group, self.notes, self._still_mine,
-                                        self.complete)
+                                        self._complete())
         except OSError as error:
             self._survive(error, state.iteration)
         else:

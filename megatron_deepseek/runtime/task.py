@@ -1,4 +1,4 @@
-"""What a job trains for. Pre-training and fine-tuning each bring a `Task`; the job and its loop are the same for both.
+"""What a job trains for. Each entry brings a `Task`; the job and its loop are the same for all.
 
 A task is asked in three stages: it checks what the user gave, on rank 0 before anything is built; it prepares its data,
 on all ranks once they have joined the job; and it opens them, once it is known where the run begins.
@@ -7,6 +7,7 @@ on all ranks once they have joined the job; and it opens them, once it is known 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_deepseek.checkpoint.train_state import TrainState
@@ -26,6 +27,32 @@ class TrainingData(Protocol):
               ) -> Batch: ...
 
 
+@dataclass(frozen=True, eq=False)
+class MadeBatch:
+    """This data rank's rows of a global batch that the model made, and what there is to report of them, by name."""
+
+    batch: Batch
+    reports: Mapping[str, float] = field(default_factory=dict)
+
+
+class Maker(Protocol):
+    """What makes a run's batches where the model of the moment decides what is in them. All ranks call each method.
+
+    `make` returns the rows of the step after `state`, which counts as `size` samples whatever it holds. `keep` is asked
+    when a checkpoint is made of the state behind that step: what it returns writes, on one rank and maybe in a thread,
+    the maker's own files into the checkpoint's directory. `resume` is given the directory that a run goes on from, and
+    the state there; raise ValueError, on all ranks or none, for files that cannot be used.
+    """
+
+    def make(self, trainer: Trainer, state: TrainState, size: int) -> MadeBatch: ...
+
+    def keep(self) -> Callable[[Path], None]: ...
+
+    def resume(self, directory: Path, state: TrainState) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Periodic:
     """Something to be done with the model before the first step, after every `every` iterations, and after the last."""
@@ -38,13 +65,15 @@ class Periodic:
 class RunData:
     """The opened data of a run: what is trained on, how to report what is held out (None if nothing is), and what else
     is to be done from time to time. `complete`: returns a batch with what the model of the moment must compute for it
-    before the step, such as another model's log-probabilities; None if nothing is. All ranks call it.
+    before the step, such as another model's log-probabilities; None if nothing is. All ranks call it. `maker`: makes
+    the batches where `train` is None.
     """
 
-    train: TrainingData
+    train: TrainingData | None
     validate: Callable[[Trainer, Report, int], None] | None = None
     periodic: tuple[Periodic, ...] = ()
     complete: Callable[[Trainer, Batch], Batch] | None = None
+    maker: Maker | None = None
 
 
 @dataclass(frozen=True)

@@ -69,15 +69,23 @@ class NextToken(Objective):
         return counts
 
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
-        total, reports = 0.0, {}
-        for depth in range(1 + predictions.num_depths):
-            loss_BS = -predictions.log_probabilities(depth)
-            loss = (loss_BS * rows.weights_BMS[:, depth]).sum() / (counts[f"weight_{depth}"] or 1.0)
-            reports["lm_loss" if depth == 0 else f"mtp_loss_{depth}"] = loss
-            if depth == 0:
-                reports |= self.source_sums(loss_BS.detach(), rows)
-            total = total + (loss if depth == 0 else loss * self.mtp_scale / predictions.num_depths)
+        total, reports = self.main(predictions, rows, counts)
+        for depth in range(1, 1 + predictions.num_depths):
+            loss = self.mean(-predictions.log_probabilities(depth), rows, counts, depth)
+            reports[f"mtp_loss_{depth}"] = loss
+            total = total + loss * self.mtp_scale / predictions.num_depths
         return Contribution(total, reports)
+
+    def main(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]
+             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what the main prediction adds to the loss, and to the reports."""
+        loss_BS = -predictions.log_probabilities()
+        loss = self.mean(loss_BS, rows, counts)
+        return loss, {"lm_loss": loss, **self.source_sums(loss_BS.detach(), rows)}
+
+    def mean(self, x_BS: torch.Tensor, rows: Rows, counts: Mapping[str, float], depth: int = 0) -> torch.Tensor:
+        """Return this rank's part of the weighted mean over the labels of a depth."""
+        return (x_BS * rows.weights_BMS[:, depth]).sum() / (counts[f"weight_{depth}"] or 1.0)
 
     def reported(self, rows: Rows) -> tuple[str, ...]:
         sources = 0 if rows.sources_BK is None else rows.sources_BK.shape[1]

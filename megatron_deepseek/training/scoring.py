@@ -35,14 +35,14 @@ class Scores:
 class Keep(Objective):
     """An objective without a loss, which keeps what `read` takes of each micro-batch in `kept`, in their order."""
 
-    def __init__(self, read: Callable[[Predictions], torch.Tensor]):
+    def __init__(self, read: Callable[[Predictions, Rows], torch.Tensor]):
         self.read, self.kept = read, []
 
     def counts(self, rows: Rows) -> Mapping[str, float]:
         return {}
 
     def contribution(self, predictions: Predictions, rows: Rows, counts: Mapping[str, float]) -> Contribution:
-        read_BS = self.read(predictions)
+        read_BS = self.read(predictions, rows)
         self.kept.append(read_BS)
         return Contribution(read_BS.new_zeros(()))
 
@@ -50,19 +50,28 @@ class Keep(Objective):
         return ()
 
 
-def log_probabilities(predictions: Predictions) -> torch.Tensor:
-    return predictions.log_probabilities()
+@dataclass(frozen=True)
+class Distribution:
+    """The distribution whose log-probabilities are read: the softmax of logits / temperature, among the ids that a
+    batch's input `kept_ids` has for a token, where it is named: VocabularyLogits.log_probabilities_among.
+    """
+
+    temperature: float = 1.0
+    kept_ids: str | None = None
+
+    def log_probabilities(self, predictions: Predictions, rows: Rows) -> torch.Tensor:
+        kept_BSM = None if self.kept_ids is None else rows.inputs[self.kept_ids]
+        return predictions.log_probabilities(temperature=self.temperature, kept_BSM=kept_BSM)
+
+    def log_probabilities_and_likeliest(self, predictions: Predictions, rows: Rows) -> torch.Tensor:
+        """Return log p(label) of each token and, as 0 or 1, whether the label is the likeliest, [B, S, 2]."""
+        found_BS = self.log_probabilities(predictions, rows)
+        right_BS = likeliest(predictions, rows) == predictions.labels_BMS[:, 0]
+        return torch.stack([found_BS, right_BS.to(found_BS.dtype)], -1)
 
 
-def likeliest(predictions: Predictions) -> torch.Tensor:
+def likeliest(predictions: Predictions, rows: Rows) -> torch.Tensor:
     return predictions.for_chunks(VocabularyLogits.likeliest)
-
-
-def log_probabilities_and_likeliest(predictions: Predictions) -> torch.Tensor:
-    """Return log p(label) of each token and, as 0 or 1, whether the label is the likeliest, [B, S, 2]."""
-    found_BS = predictions.log_probabilities()
-    right_BS = likeliest(predictions) == predictions.labels_BMS[:, 0]
-    return torch.stack([found_BS, right_BS.to(found_BS.dtype)], -1)
 
 
 def whole_sequences(own: torch.Tensor, meshes: Meshes) -> torch.Tensor:

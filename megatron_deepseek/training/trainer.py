@@ -23,7 +23,7 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.model.positions import REPLAYED
 from megatron_deepseek.model.predictions import Predictions
-from megatron_deepseek.model.step import StepContext, StepStatistics
+from megatron_deepseek.model.step import Rows, StepContext, StepStatistics
 from megatron_deepseek.parallel.context import ContextParallel
 from megatron_deepseek.parallel.data import gather_once
 from megatron_deepseek.parallel.layout_string import Stage
@@ -48,13 +48,12 @@ from megatron_deepseek.training.optimizer import (
 )
 from megatron_deepseek.training.replay import check_replay
 from megatron_deepseek.training.scoring import (
+    Distribution,
     Keep,
     Scores,
     chosen_experts,
     from_stage,
     likeliest,
-    log_probabilities,
-    log_probabilities_and_likeliest,
     whole_sequences,
 )
 
@@ -172,19 +171,20 @@ class Trainer:
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1 + objective.num_depths)
         return self._reduce(objective, step.statistics, divided, counts, {})[0]
 
-    def score(self, batch: Batch, experts: bool = False, likeliest: bool = False) -> Scores:
+    def score(self, batch: Batch, experts: bool = False, likeliest: bool = False,
+              distribution: Distribution = Distribution()) -> Scores:
         """Return log p(label) of each token of this data rank's rows and, if asked for, which experts tokens chose, and
-        whether a label is the likeliest.
+        whether a label is the likeliest. `distribution` says at which temperature and among which ids p is.
 
         Nothing is trained. Every rank of the job calls it, with the same number of rows.
         """
         statistics = StepStatistics(chosen={} if experts else None)
         wide = torch.promote_types(self.spec.build.precision.activations, torch.float32)
         if likeliest:
-            both_BS2 = self._read(batch, log_probabilities_and_likeliest, wide, statistics, 2)
+            both_BS2 = self.read(batch, distribution.log_probabilities_and_likeliest, wide, statistics, 2)
             scores, right_BS = both_BS2[..., 0], both_BS2[..., 1] > 0
         else:
-            scores, right_BS = self._read(batch, log_probabilities, wide, statistics), None
+            scores, right_BS = self.read(batch, distribution.log_probabilities, wide, statistics), None
         if not experts:
             return Scores(scores, right_BS)
         like_BSK = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, self.spec.model.num_experts_per_tok or 0)
@@ -195,18 +195,23 @@ class Trainer:
 
         Labels of the batch do not matter. Every rank of the job calls it, with the same number of rows.
         """
-        return self._read(batch, likeliest, torch.int64, StepStatistics())
+        return self.read(batch, likeliest, torch.int64, StepStatistics())
 
-    def _read(self, batch: Batch, read: Callable[[Predictions], torch.Tensor], dtype: torch.dtype,
-              statistics: StepStatistics, *width: int) -> torch.Tensor:
+    def read(self, batch: Batch, read: Callable[[Predictions, Rows], torch.Tensor], dtype: torch.dtype,
+             statistics: StepStatistics, *width: int) -> torch.Tensor:
         """Return what `read` takes of the main prediction of each token, [B, S, *width] of `dtype`, on every rank."""
+        like = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, *width, dtype=dtype)
+        return from_stage(self.read_at_head(batch, read, statistics), like, self.holders[-1], self.meshes)
+
+    def read_at_head(self, batch: Batch, read: Callable[[Predictions, Rows], torch.Tensor], statistics: StepStatistics
+                     ) -> torch.Tensor | None:
+        """Return the same on the ranks that hold the output head, None on all others. Every rank of the job calls it.
+        """
         objective = Keep(read)
         divided = self._divide(batch, objective)
         step = StepContext(1, partial(objective.contribution, counts={}), statistics)
         self.pipeline.evaluate(divided.tokens_BS, divided.micro_batches, step, 1)
-        own = whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
-        like = batch.tokens_BS.new_empty(*batch.tokens_BS.shape, *width, dtype=dtype)
-        return from_stage(own, like, self.holders[-1], self.meshes)
+        return whole_sequences(torch.cat(objective.kept), self.meshes) if objective.kept else None
 
     def _moe_holders(self) -> dict[str, int]:
         """Return the pipeline rank of each layer of the main model that has routed experts."""

@@ -12,6 +12,10 @@ from workshop import CONFIG, Job, run_entry
 from megatron_deepseek.cli.convert_checkpoint import main as convert
 from megatron_deepseek.cli.generate import main as generate
 from megatron_deepseek.cli.score_answers import main as score_answers
+from megatron_deepseek.data.tokenizer import ASSISTANT, BOS, USER
+from megatron_deepseek.rewards.result import RewardResult
+from megatron_deepseek.rewards.spec import parse_rewards
+from megatron_deepseek.rewards.workers import RewardWorkers
 
 NUM_PAIRS = 24
 
@@ -119,6 +123,15 @@ def test_adapters_have_their_base_for_reference(bench):
     assert "to score" not in job.output and "the model without its adapters" in job.output
 
 
+def reward_of(directory: Path, rows: list[dict]) -> RewardResult:
+    """Return the scores as --reward model:DIR:2 has them; the first row is a chat, and the prompts of others are texts.
+    """
+    prompts = [f"{BOS}{USER}{row['prompt']}{ASSISTANT}" for row in rows]
+    asked = [{"messages": [{"role": "user", "content": rows[0]["prompt"]}]}, *({} for _ in rows[1:])]
+    with RewardWorkers(parse_rewards([f"model:{directory}:2"]), seconds=60) as workers:
+        return workers.score(prompts, [row["completion"] for row in rows], asked)
+
+
 def test_a_reward_model_scores_alike_here_and_in_transformers(bench, capsys):
     """Trained from a language model, whose head stays behind; exported; scored by the tool and by transformers."""
     from transformers import AutoModelForSequenceClassification
@@ -137,6 +150,9 @@ def test_a_reward_model_scores_alike_here_and_in_transformers(bench, capsys):
     for record, row in list(zip(found, labelled(23)))[1:5]:
         ids = [256, 258, *row["prompt"].encode(), 259, *row["completion"].encode(), 257]
         assert model(torch.tensor([ids])).logits.item() == pytest.approx(record["score"], abs=1e-5)
+    rewards = reward_of(bench.directory / "reward", labelled(23)[1:5])
+    doubled = [2 * record["score"] for record in found[1:5]]
+    assert rewards.failures == {} and rewards.total == pytest.approx(doubled, abs=1e-5)
     refused = bench.run(1, "language", "dpo", "--load", str(out), "--train-iters", "1")
     assert refused.status == 2 and "is a reward model" in refused.output
     assert score_answers([*given[:1], str(bench.directory / "released"), *given[2:]]) == 2

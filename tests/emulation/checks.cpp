@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <random>
 #include <tuple>
+#include <vector>
 
 #include "gemm_fp8.cu"
 
@@ -53,13 +54,27 @@ Gemm dense(int64_t m, int64_t n, int blocks) {
 }
 
 // Every turn of persistent blocks, and the block that takes it.
-void print_turns(int64_t m, int64_t n, int blocks) {
-  const Gemm p = dense(m, n, blocks);
+template <Grouping grouping>
+void print_turns(const char* name, const Gemm& p, int64_t rows, int blocks) {
   for (int64_t turn = 0; turn < turns_of(p); ++turn) {
-    const Work work = work_of<Grouping::kNone, 1>(p, turn, 0);
-    std::printf("turn %ld %ld %d %ld %ld %d %d %d %d\n", long(m), long(n), blocks, long(turn % blocks),
+    const Work work = work_of<grouping, 1>(p, turn, 0);
+    std::printf("%s %ld %ld %d %ld %ld %d %d %d %d\n", name, long(rows), long(p.n), blocks, long(turn % blocks),
                 long(work.out_row), work.rows, work.column, work.columns, work.k_tiles);
   }
+}
+
+void print_turns(int64_t m, int64_t n, int blocks) {
+  print_turns<Grouping::kNone>("turn", dense(m, n, blocks), m, blocks);
+}
+
+// wgrad's result of several groups, each of one tile of K.
+void print_depths(int groups, int64_t m, int64_t n, int blocks) {
+  Gemm p = dense(m, n, blocks);
+  p.tiles *= groups, p.whole = whole_tiles(p.tiles, blocks);
+  std::vector<int> table;
+  for (int group = 0; group < groups; ++group) table.insert(table.end(), {group, 1});
+  p.table = table.data();
+  print_turns<Grouping::kDepth>("depth", p, groups * m, blocks);
 }
 
 template <typename F>
@@ -79,6 +94,7 @@ int main() {
       std::printf("accumulator %d %d %d %d\n", thread, i, hopper::accumulator_row(thread, i),
                   hopper::accumulator_column(thread, i));
   print_form<Form<Grouping::kNone, false, 1, Store::kDirect, 1>>();
+  print_form<Form<Grouping::kDepth, false, 2, Store::kDirect, 1>>();
   print_form<Form<Grouping::kNone, true, 1, Store::kDirect, 1>>();
   print_form<Form<Grouping::kNone, true, 2, Store::kDirect, 1>>();
   print_form<Form<Grouping::kNone, true, 1, Store::kCopyEngine, 1>>();
@@ -94,6 +110,11 @@ int main() {
   for (int n : {512, 576, 1536, 2048, 2112, 2816, 3072, 4096, 5632, 7168, 10944, 16384, 18432, 21888,
                 24576, 32768, 36864})
     print_turns(4096, n, 132);
+  for (auto [groups, m, n, blocks] : {std::tuple{3, 300, 136, 5}, {2, 72, 391, 3}, {4, 520, 264, 5}})
+    print_depths(groups, m, n, blocks);
+  for (auto [groups, m, n] : {std::tuple{1, 576, 7168}, {1, 1536, 7168}, {1, 7168, 2048}, {1, 4096, 7168},
+                              {1, 24576, 1536}, {8, 7168, 2048}, {8, 4096, 7168}})
+    print_depths(groups, m, n, 132);
   std::printf("wrong %ld\n", wrong_codes(4000));
   std::printf("wrong_scales %ld %ld\n", wrong_scales(kE4M3Max, 9), wrong_scales(kE5M6Max, 16));
 }

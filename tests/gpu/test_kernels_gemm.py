@@ -64,10 +64,12 @@ def test_dense_with_many_blocks_of_k(device):
     close(operator("scaled_mm")(*operands, True), plain.scaled_mm(*operands, torch.float32))
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640)])
+@pytest.mark.parametrize("m, n, k", [(1, 8, 16), (130, 136, 272), (200, 137, 640), (600, 200, 640)])
 @CLUSTERS
 def test_dense_with_scales_of_rows(device, m, n, k, clusters, any_order):
-    """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored."""
+    """wgrad: both operands have 1x128 tiles. N = 137 is no multiple of 8: single numbers are stored. The last of 600
+    rows' tall tiles, one of 6 for 5 blocks and of 3 for 2 clusters, is halved; its second half is empty.
+    """
     operands = (*plain.quantize_1x128(matrix(m, k, device=device)),
                 *plain.quantize_1x128(matrix(n, k, device=device)))
     close(operator("scaled_mm")(*operands, True, False, clusters), plain.scaled_mm(*operands, torch.float32))
@@ -121,11 +123,14 @@ def test_tma_store_leaves_the_next_group_alone(device):
     close(got, plain.grouped_scaled_mm(*operands, counts, torch.bfloat16))
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 130], [0, 0, 1], [128, 256], [5, 1300]])
+@pytest.mark.parametrize("m, counts", [
+    (72, [5, 0, 130]), (72, [0, 0, 1]), (72, [128, 256]), (72, [5, 1300]), (296, [130, 0, 600]), (296, [1, 200, 3])])
 @CLUSTERS
-def test_depth_grouped(device, counts, clusters, any_order):
-    """Operands as the kernel makes them: every group starts a new tile."""
-    x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), 72, device=device)
+def test_depth_grouped(device, m, counts, clusters, any_order):
+    """Operands as the kernel makes them: every group starts a new tile. Three groups of 296 rows have 12 tall tiles, of
+    which the last two are halved for 5 blocks.
+    """
+    x, grad = matrix(sum(counts), 136, device=device), matrix(sum(counts), m, device=device)
     tiles = row_tiles(counts, device)[:, 1:].contiguous()
     first, groups = 0, []
     for count in counts:

@@ -16,7 +16,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if type(tensor) is torch.Tensor:
+            if type(tensor) is torch.Tensor and not tensor.is_mkldnn:  # which have no storage to refer to
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self.made[reference.cdata] = reference, storage.nbytes()

@@ -122,9 +122,9 @@ def forward(model: DeepseekStage, tokens: torch.Tensor, labels: torch.Tensor, ma
     step = StepContext(tokens.shape[0], partial(objective.contribution, counts=objective.counts(rows)))
     logits, compute = [], model.head.log_probabilities
 
-    def record(state, labels):
+    def record(state, *of):
         logits.append(model.logits(state).detach())
-        return compute(state, labels)
+        return compute(state, *of)
 
     model.head.log_probabilities = record
     try:

@@ -42,7 +42,7 @@ EVALUATED = of(
     ("tests/unit/training/test_rows_read.py",),
     ("score_rows", "rows[number][1:]", "rows[number][:-1]"),
     ("continue_rows", "len(row) - 1]", "len(row) - 2]"),
-    ("log_probabilities_and_likeliest", "== predictions.labels_BMS", ">= predictions.labels_BMS"),
+    ("Distribution.log_probabilities_and_likeliest", "== predictions.labels_BMS", ">= predictions.labels_BMS"),
 ) + of(
     ("tests/unit/evaluation/test_trained_model.py",),
     ("trained_model._score", "values[-of_text:]", "values"),

@@ -15,6 +15,7 @@ from base_weights import BASE_WEIGHTS
 from chats import CHATS
 from compiled import COMPILED
 from converted import CONVERTED
+from distilled import DISTILLED
 from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
@@ -24,9 +25,12 @@ from loaded import LOADED
 from megatron_options import MEGATRON
 from mutant import of
 from parameters import PARAMETERS
+from policy import POLICY
 from preferred import PREFERRED
 from released import RELEASED
 from replayed import REPLAYED
+from rewarded import REWARDED
+from rollouts import ROLLOUTS
 from served import SERVED
 
 # What is run for a mistake: the first failure ends it. Quick tests first.
@@ -300,7 +304,7 @@ STEP_MUTANTS = of(
     ("sum_numbers", "send(there, device)", "send(there[::-1], device)"),
     ("Trainer.__init__", "for layer in stage.mtp_layers(self.objective.num_depths)):",
      "for layer in stage.mtp_layers(9)):"),
-    ("Trainer._read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
+    ("Trainer.read", "self.holders[-1], self.meshes)", "0, self.meshes)"),
     ("Trainer.train_step",
      "        for shared in self.shared:\n            shared.sum_gradients()\n"
      "        own = self._own_sums(step.statistics, stop_flags())",
@@ -330,15 +334,14 @@ STEP_MUTANTS = of(
     LAYOUTS,
     ("SequenceSums.over_ranks", "sum_gradients(sum_alike(x, self.group), self.group)", "sum_alike(x, self.group)"),
     ("SequenceSums.share", "return x.sum() / (1 if self.group is None else self.group.size())", "return x.sum()"),
-    ("SequenceSums.per_document", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
-     "places_BS[:, :x_BS.shape[1]]"),
+    ("SequenceSums._own_places", "places_BS if self.positions_S is None else places_BS[:, self.positions_S]",
+     "places_BS if self.positions_S is None else places_BS[:, :len(self.positions_S)]"),
 ) + of(
     ("tests/unit/training/test_objectives.py", "tests/unit/model/test_mtp.py"),
-    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths)", "loss * self.mtp_scale)"),
-    ("NextToken.contribution", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
+    ("NextToken.contribution", "loss * self.mtp_scale / predictions.num_depths", "loss * self.mtp_scale"),
+    ("NextToken.mean", '/ (counts[f"weight_{depth}"] or 1.0)', '/ (counts["weight_0"] or 1.0)'),
     ("NextToken.counts", 'counts["labels"] = (rows.weights_BS != 0).sum()', 'counts["labels"] = rows.weights_BS.sum()'),
-    ("NextToken.contribution", "(loss_BS * rows.weights_BMS[:, depth]).sum()",
-     "(loss_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
+    ("NextToken.mean", "(x_BS * rows.weights_BMS[:, depth]).sum()", "(x_BS * (rows.weights_BMS[:, depth] != 0)).sum()"),
 ) + of(
     LAYOUTS,
     ("whole_sequences", "return gathered.index_select(1, order_S.argsort().to(own.device))", "return gathered"),
@@ -514,7 +517,7 @@ SAMPLES = of(
     DATA,
     ("Run._data_rank", 'return self.trainer.meshes.rank("dp"), self.settings.layout.dp',
      "return 0, self.settings.layout.dp"),
-    ("Run._step", "batch.num_rows * settings.layout.dp", "batch.num_rows"),
+    ("Run._batches", "batch.num_rows * self.settings.layout.dp", "batch.num_rows"),
 )
 
 MUTANTS = (
@@ -523,5 +526,5 @@ MUTANTS = (
     *MEMORY_MUTANTS, *STEP_MUTANTS, *OPTIMIZER, *BALANCE, *ROUTER_MUTANTS, *BALANCE_LOSS, *CAPACITY, *MOE, *DEEPSEEK,
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
-    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *COMPILED, *GGUF,
-    *REPLAYED)
+    *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED)

@@ -64,7 +64,7 @@ def imported(file: Path) -> set[Path]:
 
 @functools.cache
 def arrows_of_the_code() -> frozenset[Arrow]:
-    files = [*ROOT.glob("*_deepseek.py"), *ROOT.glob("tools/*.py"), *PACKAGE.rglob("*.py")]
+    files = [*ROOT.glob("*_deepseek.py"), *ROOT.glob("train_*.py"), *ROOT.glob("tools/*.py"), *PACKAGE.rglob("*.py")]
     return frozenset((floor_of(file), floor_of(other)) for file in files if file != PACKAGE / "__init__.py"
                      for other in imported(file) if floor_of(file) != floor_of(other))
 

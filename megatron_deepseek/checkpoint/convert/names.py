@@ -8,7 +8,7 @@ table of parameters (model/architecture/parameters.py).
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.parameters import EMBEDDING, HEAD, hf_tensors
 

@@ -26,7 +26,7 @@ from megatron_deepseek.checkpoint.dcp.metadata import (
     read_metadata,
 )
 from megatron_deepseek.checkpoint.integrity import is_inside, read_checksums, verify_files
-from megatron_deepseek.checkpoint.regions import Region, fill_once
+from megatron_deepseek.parallel.regions import Region, fill_once
 
 _MOST_DIMENSIONS = 8
 _LARGEST = 1 << 62  # the largest size, or position in a file, that is believed

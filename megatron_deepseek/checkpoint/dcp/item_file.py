@@ -17,7 +17,7 @@ from torch.serialization import skip_data
 from megatron_deepseek.checkpoint.dcp.files import Item
 from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.integrity import RunningChecksum
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 
 ITEM_BYTES = 1 << 28  # at most in an item, which DCP's own reader holds in memory
 _REPORT_BYTES = 1 << 22

@@ -14,7 +14,7 @@ import torch
 
 from megatron_deepseek.checkpoint import raw_bytes
 from megatron_deepseek.checkpoint.dcp.files import Item, StoredTensors
-from megatron_deepseek.checkpoint.regions import Region, segments
+from megatron_deepseek.parallel.regions import Region, segments
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 
 _MOST_OPEN = 32  # files that a reader keeps open

@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory, Item
 from megatron_deepseek.checkpoint.dcp.item_reader import read_part
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 
 
 class CheckpointReader(dcp.StorageReader):

@@ -18,7 +18,7 @@ from megatron_deepseek.checkpoint.convert.names import Place
 from megatron_deepseek.checkpoint.dcp.files import Item, StoredTensors
 from megatron_deepseek.checkpoint.legacy.rank_files import LegacyIteration, RankFile
 from megatron_deepseek.checkpoint.legacy.torch_file import StoredTensor
-from megatron_deepseek.checkpoint.regions import Region, fill_once
+from megatron_deepseek.parallel.regions import Region, fill_once
 
 _COPY = re.compile(r"(.+) in stage (\d+)")  # the name of a tensor that an earlier stage holds already
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(.+)")

@@ -10,7 +10,7 @@ import torch
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.dcp.item_reader import ItemReader
 from megatron_deepseek.checkpoint.native import Checkpoint
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 
 _BLOCK_NUMBERS = 1 << 18
 

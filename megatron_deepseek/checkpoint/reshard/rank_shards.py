@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from megatron_deepseek.checkpoint.dcp.files import DcpDirectory
 from megatron_deepseek.checkpoint.job.state import MOMENTS, model_state, optimizer_state
 from megatron_deepseek.checkpoint.native import OPTIMIZER, WEIGHTS
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import shape_stages, shard_stages
 from megatron_deepseek.parallel.fake_job import fake_job

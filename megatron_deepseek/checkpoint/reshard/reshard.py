@@ -28,7 +28,7 @@ from megatron_deepseek.checkpoint.fingerprints import Fingerprint
 from megatron_deepseek.checkpoint.inspection import checksum_checks
 from megatron_deepseek.checkpoint.integrity import checksum_directory
 from megatron_deepseek.checkpoint.native import ARGUMENTS, CONFIG, LAYOUT, WEIGHTS, Checkpoint
-from megatron_deepseek.checkpoint.regions import Region
+from megatron_deepseek.parallel.regions import Region
 from megatron_deepseek.checkpoint.safetensors_file import as_bytes
 from megatron_deepseek.checkpoint.tracker import TRACKER
 from megatron_deepseek.checkpoint.train_state import STATE, TrainState

@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_deepseek.checkpoint.convert.mtp import module_prefixes
-from megatron_deepseek.checkpoint.integrity import read_checksums
+from megatron_deepseek.checkpoint.integrity import weights_identity
 from megatron_deepseek.checkpoint.job import distributed as checkpoint
 from megatron_deepseek.checkpoint.job.verification import verify
 from megatron_deepseek.checkpoint.loadable import checkpoint_directory, refuse_damage, stored_architecture
@@ -31,7 +31,6 @@ from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.trainer import Trainer
 
 VERSION = 1
-_WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -55,7 +54,7 @@ class Reference:
     def key(self) -> str:
         """Return a hash of all that the reference's numbers depend on beside the data."""
         run, loss = self.settings.run, self.settings.loss
-        decided = [VERSION, run.seed if self.directory is None else _weights(self.directory),
+        decided = [VERSION, run.seed if self.directory is None else weights_identity(self.directory),
                    asdict(self.settings.model), run.bf16, run.fp8_format, run.fp8_param_gather,
                    loss.moe_expert_capacity_factor, loss.moe_token_drop_policy, loss.moe_router_force_load_balancing]
         return hashlib.sha256(json.dumps(decided, default=str).encode()).hexdigest()[:24]
@@ -68,15 +67,6 @@ class Reference:
         stored, model = stored_architecture(self.directory), self.settings.model
         checkpoint.load(self.directory, trainer.stages, None, module_prefixes(model, stored.num_nextn_predict_layers),
                         module_prefixes(stored, model.num_nextn_predict_layers))
-
-
-def _weights(directory: Path) -> list:
-    """Return what tells a directory's weights from others: their checksums, or sizes and times of their files."""
-    checksums = read_checksums(directory)
-    if checksums is not None:
-        return sorted((name, str(each)) for name, each in checksums.items())
-    files = sorted(file for pattern in _WEIGHT_FILES for file in directory.glob(pattern))
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 class Scores:

@@ -15,7 +15,9 @@ from megatron_deepseek.arguments import settings as settings_module
 from megatron_deepseek.arguments.architecture import build_model
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.request import Request
+from megatron_deepseek.arguments.distillation import DISTILLATION
 from megatron_deepseek.arguments.finetuning_validation import FINE_TUNING
+from megatron_deepseek.arguments.grpo_validation import GRPO
 from megatron_deepseek.arguments.preference import PREFERENCE
 from megatron_deepseek.arguments.validation import RULES
 from megatron_deepseek.model.architecture.presets import TINY, V2_LITE, V3
@@ -337,7 +339,7 @@ def first_rule(ranks: int, arguments: str) -> str | None:
 
 
 def test_every_rule_is_tested():
-    elsewhere = {rule.name for rule in (*FINE_TUNING, *PREFERENCE)}  # in tests of their own
+    elsewhere = {rule.name for rule in (*FINE_TUNING, *PREFERENCE, *DISTILLATION, *GRPO)}  # in tests of their own
     untested = {rule.name for rule in RULES} - set(REFUSED) - elsewhere
     tested_below = {"the samples do not fill one batch", "a balance loss needs a weight"}
     assert untested == tested_below

@@ -71,10 +71,35 @@ def test_log_probabilities(tp, chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-def test_entropy(tp, chunk_size):
+def test_log_probabilities_at_a_temperature(tp, chunk_size):
+    (state, weight), labels = states(), ids(B, S)
+    expected = (F.linear(state, weight) / 0.6).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    head = OutputHead(tp, lambda: weight, chunk_size=chunk_size)
+    assert_same(head.log_probabilities(state, labels, 0.6), expected, (state, weight))
+
+
+@pytest.mark.parametrize("temperature", (1.0, 1.7))
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_log_probabilities_among_kept_ids(tp, chunk_size, temperature):
+    """Of each token between one and five ids are kept, its label among them; of some tokens all: nothing but -1."""
+    (state, weight), labels = states(), ids(B, S)
+    order_BSV = torch.rand(B, S, V, generator=torch.Generator().manual_seed(2)).scatter(-1, labels.unsqueeze(-1), -1)
+    numbers_BS1 = torch.arange(B * S).view(B, S, 1) % 6  # of kept ids, 0 for all
+    kept = order_BSV.argsort(-1)[..., :5].where(torch.arange(5) < numbers_BS1, -1).flip(-1).int()
+    may_BSV = torch.zeros(B, S, V + 1).scatter(-1, kept.long() % (V + 1), 1)[..., :V].bool() | (numbers_BS1 == 0)
+    assert [*may_BSV.sum(-1).flatten()] == [V, 1, 2, 3, 4, 5, V, 1, 2, 3]
+    logits = (F.linear(state, weight) / temperature).masked_fill(~may_BSV, -torch.inf)
+    expected = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    head = OutputHead(tp, lambda: weight, chunk_size=chunk_size)
+    assert_same(head.log_probabilities(state, labels, temperature, kept), expected, (state, weight))
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+def test_entropy(tp, chunk_size, temperature):
     state, weight = states()
-    log_p = F.linear(state, weight).log_softmax(-1)
-    got = OutputHead(tp, lambda: weight, chunk_size=chunk_size).entropy(state)
+    log_p = (F.linear(state, weight) / temperature).log_softmax(-1)
+    got = OutputHead(tp, lambda: weight, chunk_size=chunk_size).entropy(state, temperature)
     assert_same(got, -(log_p.exp() * log_p).sum(-1), (state, weight))
 
 

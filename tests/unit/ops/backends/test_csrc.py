@@ -123,6 +123,41 @@ def test_an_object_depends_on_what_its_source_includes():
     assert all(build.SOURCES / "kernels.h" in build.included(source) for source in build.BINDINGS)
 
 
+COMPILER = """#!/bin/sh
+echo once more >> "$(dirname "$0")/runs"
+sleep 1
+for argument; do output=$argument; done
+echo object > "$output"
+"""
+BUILD = """
+import importlib.util, sys
+from pathlib import Path
+script, folder = map(Path, sys.argv[1:])
+spec = importlib.util.spec_from_file_location("csrc_build", script)
+build = sys.modules["csrc_build"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+build.CACHE = folder / "cache"
+print("ready", flush=True)
+sys.stdin.readline()
+print(build._cached([str(folder / "compiler")], folder / "kernel.cu", ".o")[0].read_text(), end="")
+"""
+
+
+def test_one_of_two_processes_compiles(tmp_path):
+    """Two that need an object at once both get it. The compiler notes each run, and takes a second."""
+    (tmp_path / "kernel.cu").touch()
+    (tmp_path / "compiler").write_text(COMPILER)
+    (tmp_path / "compiler").chmod(0o755)
+    command = [sys.executable, "-c", BUILD, str(ROOT / "csrc" / "build.py"), str(tmp_path)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [each.stdout.readline() for each in both] == ["ready\n"] * 2
+    for each in both:
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    assert [each.communicate()[0] for each in both] == ["object\n"] * 2
+    assert (tmp_path / "runs").read_text() == "once more\n"
+
+
 def test_planted_mistakes_are_still_where_they_were():
     mistakes = load("emulation_mistakes", ROOT / "tests" / "emulation" / "mistakes.py").MISTAKES
     moved = [each.name for each in mistakes if each.old not in (build.SOURCES / each.file).read_text()]

@@ -106,18 +106,21 @@ def test_every_tile_once(printed):
             assert len({m for m, _ in places[first:first + 8 * n_tiles]}) <= 8
 
 
-def turns(printed) -> dict[tuple[int, int, int], list[tuple[int, ...]]]:
-    """Return (block, first row, rows, column, columns, tiles of K) of every turn, by M, N and the number of blocks."""
+def turns(printed, kind: str = "turn") -> dict[tuple[int, int, int], list[tuple[int, ...]]]:
+    """Return (block, first row, rows, column, columns, tiles of K) of every turn, by M, N and the number of blocks.
+    M is that of all groups' results together where the kind is "depth", wgrad.
+    """
     found = defaultdict(list)
-    for m, n, blocks, *turn in printed["turn"]:
+    for m, n, blocks, *turn in printed[kind]:
         found[m, n, blocks].append(tuple(turn))
     return found
 
 
-def test_turns_cover_the_result_once(printed):
+@pytest.mark.parametrize("kind", ["turn", "depth"])
+def test_turns_cover_the_result_once(printed, kind):
     """Tall tiles, of which those of the last wave may be halved; what is empty has nothing to load."""
-    few = {shape: of_blocks for shape, of_blocks in turns(printed).items() if len(of_blocks) < 300}
-    assert len(few) > 5
+    few = {shape: of_blocks for shape, of_blocks in turns(printed, kind).items() if len(of_blocks) < 300}
+    assert len(few) > 3
     for (m, n, _), of_blocks in few.items():
         seen = np.zeros((m, n), np.int8)
         for _, row, rows, column, columns, k_tiles in of_blocks:
@@ -147,6 +150,21 @@ def test_the_documented_waves(printed):
         ideal = tiles / 132
         assert [float(x) for x in numbers] == [round(ideal, 2), round(before, 2), round(after, 2),
                                                round(100 * ideal / before), round(100 * ideal / after)], n
+
+
+def test_the_documented_waves_of_wgrad(printed):
+    """The same of docs/kernels.md's table of weights: before, all tiles were 128 x 128."""
+    table = re.findall(r"^\| (\d+) x (\d+)(?:, (\d+) experts)? \|[^|]*\| ([\d.]+) \| ([\d.]+) \| (\d+) % "
+                       r"\| (\d+) % \|$", PAGE, re.M)
+    of_shape = {shape: of_blocks for shape, of_blocks in turns(printed, "depth").items() if shape[2] == 132}
+    assert len(table) == len(of_shape)
+    for m, n, groups, *numbers in table:
+        m, n, groups = int(m), int(n), int(groups or 1)
+        ideal = groups * -(-m // 128) * -(-n // 128) / 2 / 132  # in turns of 256 x 128 without idle blocks
+        before = -(-groups * -(-m // 128) * -(-n // 128) // 132) * 2 / 3
+        after = slowest(of_shape[groups * m, n, 132])
+        assert [float(x) for x in numbers] == [round(before, 2), round(after, 2), round(100 * ideal / before),
+                                               round(100 * ideal / after)], (m, n, groups)
 
 
 @pytest.mark.parametrize("counts, tall", [

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_deepseek.checkpoint.regions import Region, fill_once, segments
+from megatron_deepseek.parallel.regions import Region, fill_once, segments
 
 
 class Stored:

@@ -1,0 +1,178 @@
+"""Reinforcement learning as a user runs it: what is kept of a rollout, kills, ranks, and rewards that misbehave."""
+
+import json
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from forked import run_script
+from workshop import CONFIG, Job, run_entry
+
+HELPERS = Path(__file__).parents[1] / "helpers" / "commands"
+# As little as has an update behind a save with a rollout that is partly used, and a reference that is not the origin.
+ITERATIONS = 8
+RUN = ("--train-iters", str(ITERATIONS), "--global-batch-size", "8", "--save-interval", "5", "--kl", "k3", "--kl-beta",
+       "0.1", "--reference-refresh-interval", "4", "--dynamic-sampling", "--max-sampling-rounds", "2")
+REWARDS = '''
+import time
+
+def vowels(prompts, completions, rows):
+    """Half of the answers to prompts with a 1 have the same reward."""
+    return [sum(map(ord, text)) % 3 if row["prompt"] != "1" else 1.0 for text, row in zip(completions, rows)]
+
+def first_letter(prompts, completions, rows):
+    return [ord(text[0]) % 2 if text else 0 for text in completions]
+
+def throws(prompts, completions, rows):
+    raise KeyError("no such column")
+
+def hangs(prompts, completions, rows):
+    time.sleep(600)
+
+def gives_nan(prompts, completions, rows):
+    return [float("nan") if row["prompt"] == "2" else 1.0 for row in rows]
+'''
+TIMES = ("seconds", "per_second")
+
+
+class Bench:
+    """Prompts, rewards, random weights in a Hugging Face directory, and the command."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        rows = [{"prompt": str(number), "answer": str(number + 1)} for number in range(6)]
+        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / "rewards.py").write_text(REWARDS)
+        (directory / "config.json").write_text(json.dumps(CONFIG))
+        job = self.run(1, "start", "vowels", "--train-iters", "1", "--lr", "0", "--save-hf",
+                       str(directory / "released"), "--seed", "7")
+        assert job.status == 0, job.output
+
+    def arguments(self, save: str, reward: str, *more: str) -> list[str]:
+        given = ["--model", self.directory / "config.json", "--prompts", self.directory / "prompts.jsonl",
+                 "--reward", f"{self.directory / 'rewards.py'}:{reward}", "--tokenizer-type", "ByteTokenizer",
+                 "--template", "deepseek-v3", "--seq-length", "32", "--max-completion-length", "8",
+                 "--grpo-prompts-per-step", "4", "--grpo-group-size", "4", "--lr", "1e-2", "--reward-workers", "1",
+                 "--save", self.directory / save]
+        return [*map(str, given), *more]
+
+    def run(self, num_ranks: int, save: str, reward: str, *more: str) -> Job:
+        return run_entry("train_grpo.py", num_ranks, self.arguments(save, reward, *more))
+
+    def train(self, num_ranks: int, save: str, *more: str, reward: str = "vowels") -> list[dict]:
+        job = self.run(num_ranks, save, reward, "--load", str(self.directory / "released"), *more)
+        assert job.status == 0, job.output
+        return self.metrics(save)
+
+    def die(self, save: str, death: str, *more: str) -> None:
+        """Run until the death, which must come."""
+        words = [str(HELPERS / "dying_grpo.py"), death,
+                 *self.arguments(save, "vowels", "--load", str(self.directory / "released"), *more)]
+        with TemporaryDirectory(prefix="job-") as directory:
+            output = Path(directory) / "output"
+            assert run_script(words, output, output) == -9, output.read_text()
+
+    def metrics(self, save: str) -> list[dict]:
+        """Return the records without what depends on the clock."""
+        lines = (self.directory / save / "metrics.jsonl").read_text().splitlines()
+        return [{name: value for name, value in json.loads(line).items() if not name.endswith(TIMES)}
+                for line in lines]
+
+    def samples(self, save: str) -> dict[str, list[dict]]:
+        return {path.name: [json.loads(line) for line in path.read_text().splitlines()]
+                for path in sorted((self.directory / save / "rollouts").iterdir())}
+
+    def weights(self, save: str) -> list[bytes]:
+        return [path.read_bytes() for path in
+                sorted((self.directory / save / f"iter_{ITERATIONS:07d}").glob("*.distcp"))]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("grpo"))
+
+
+@pytest.fixture(scope="module")
+def alone(bench) -> list[dict]:
+    """The records of a run that nothing disturbs."""
+    return bench.train(1, "alone", *RUN)
+
+
+def test_a_rollout_is_reported_and_its_samples_are_kept(bench, alone):
+    """Two updates use a rollout: its numbers stand in the first one's record."""
+    assert [("reward" in record) for record in alone] == [True, False] * (ITERATIONS // 2)
+    first, second = alone[:2]
+    assert first["rollout_difference"] < 1e-5 and first["kl_to_old"] == pytest.approx(0.0, abs=1e-9)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6) and second["kl"] > 1e-5 and second["kl_to_old"] > 1e-7
+    samples = bench.samples("alone")
+    assert list(samples) == [f"step_{number}.jsonl" for number in (1, 3, 5, 7)]
+    for record in samples["step_1.jsonl"]:
+        assert record["reward"] == record["rewards"]["vowels"] == sum(map(ord, record["completion"])) % 3
+        assert record["finish_reason"] in ("stop", "length") and record["prompt"].startswith("<｜begin▁of▁sentence｜>")
+        assert record["log_probability"] == pytest.approx(record["rollout_log_probability"], abs=1e-4)
+    by_group: dict[int, list[float]] = {}
+    for record in samples["step_1.jsonl"]:
+        by_group.setdefault(record["group"], []).append(record["reward"])
+    assert all(len(rewards) == 4 and len(set(rewards)) > 1 for rewards in by_group.values())
+    assert first["reward"] == pytest.approx(sum(map(sum, by_group.values())) / first["samples"])
+
+
+@pytest.mark.parametrize("death", [
+    "step:6",  # behind a save, between two updates with a rollout; the reference is that of iteration 4
+    *(pytest.param(death, marks=pytest.mark.slow) for death in ("token:30", "reward:3", "score:4", "record:4", "save:1",
+                                                                "reference:1", "save:2"))])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, alone, death):
+    save = f"killed-{death.replace(':', '-')}"
+    bench.die(save, death, *RUN)
+    assert bench.train(1, save, *RUN) == alone
+    assert bench.samples(save) == bench.samples("alone")
+    assert bench.weights(save) == bench.weights("alone")
+
+
+def test_ranks_draw_the_same_samples_and_learn_the_same(bench):
+    """Two ranks, of experts and of data: rows are divided among them, and so are the prompts of a rollout."""
+    more = ("--train-iters", "2", "--kl", "unbiased", "--kl-beta", "0.1", "--global-batch-size", "8")
+    expected = bench.train(1, "one", *more)
+    found = bench.train(2, "two", *more, "--expert-model-parallel-size", "2")
+    ours, theirs = bench.samples("two")["step_1.jsonl"], bench.samples("one")["step_1.jsonl"]
+    assert [(each["completion"], each["reward"], each["group"]) for each in ours] == [
+        (each["completion"], each["reward"], each["group"]) for each in theirs]
+    for one, two in zip(expected, found):
+        for name in ("grpo_loss", "kl", "grad_norm", "entropy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_what_was_drawn_is_kept_for_training(bench):
+    """Routing and sampling mask: the probabilities are those of the rollout; the reference routes by itself."""
+    (record,) = bench.train(1, "kept", "--train-iters", "1", "--keep-routing", "--keep-sampling-mask", "--top-k", "20",
+                            "--temperature", "0.7", "--kl", "k3", "--kl-beta", "0.1", "--eval-prompts",
+                            str(bench.directory / "prompts.jsonl"))[-1:]
+    assert record["eval_answers"] == 6 and 0 <= record["eval_reward_vowels"] <= 2
+    step = bench.metrics("kept")[-2]
+    assert step["rollout_difference"] < 1e-5 and step["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_rewards_that_misbehave_are_counted_and_named(bench):
+    rewards = str(bench.directory / "rewards.py")
+    (record,) = bench.train(
+        1, "misbehaving", "--train-iters", "1", "--reward", f"{rewards}:throws", "--reward", f"{rewards}:hangs",
+        "--reward", f"{rewards}:gives_nan:0.5", "--reward-timeout", "0.5", "--grpo-prompts-per-step", "6",
+        reward="first_letter")
+    assert record["reward_failures_throws_raised"] == record["reward_failures_hangs_timed_out"] == 24
+    assert record["reward_failures_gives_nan_not_finite"] == 4 and record["unrewarded_groups"] == 0
+    assert record["reward_throws"] is None and record["reward_gives_nan"] == 1.0
+    assert math.isfinite(record["grpo_loss"]) and record["samples"] == 24
+
+
+def test_groups_without_any_reward_are_left_out(bench):
+    (record,) = bench.train(1, "unrewarded", "--train-iters", "1", "--grpo-prompts-per-step", "6", reward="gives_nan")
+    assert (record["unrewarded_groups"], record["samples"], record["zero_variance_groups"]) == (1, 20, 5)
+    assert {each["prompt"][-14] for each in bench.samples("unrewarded")["step_1.jsonl"]} <= set("013456<")
+
+
+def test_mistakes_end_in_one_line(bench):
+    job = bench.run(1, "wrong", "nothing", "--train-iters", "1")
+    assert job.status == 2 and "rewards.py defines no nothing" in job.output.splitlines()[-1]
+    job = bench.run(1, "wrong", "vowels", "--train-iters", "1", "--prompt-column", "question")
+    assert job.status == 2 and "prompts.jsonl line 1: the row has no question" in job.output.splitlines()[-1]
