@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: starts pretrain_deepseek.py, or of finetune_*.sh finetune_deepseek.py, on this node by
-# tools/launch.py, which is torchrun with the arguments checked first.
+# Sourced by the scripts beside it: starts pretrain_deepseek.py, for fine-tuning finetune_deepseek.py, or of grpo_*.sh
+# train_grpo.py, on this node by tools/launch.py, which is torchrun with the arguments checked first.
 #
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
 # Many nodes:  on each, MASTER_ADDR=host0 NNODES=16 NODE_RANK=0..15 bash examples/SCRIPT.sh
@@ -14,7 +14,8 @@ set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 case $(basename "$0") in
-    finetune_*) ENTRY=finetune_deepseek.py ;;
+    finetune_*|dpo_*|distill_*) ENTRY=finetune_deepseek.py ;;
+    grpo_*) ENTRY=train_grpo.py ;;
     *) ENTRY=pretrain_deepseek.py ;;
 esac
 
@@ -97,6 +98,24 @@ finetuning_files() {
     [ -z "${OUT:-}" ] || OUTPUT_ARGS+=(--save-hf "$OUT")
 }
 
+# Refuses a reinforcement learning that is told no model, prompts or rewards.
+require_rewards() {
+    require MODEL "the Hugging Face directory of the model: config.json, tokenizer.json and the safetensors files"
+    require PROMPTS "files of prompts"
+    require REWARD "functions that judge answers, as in docs/rewards.md"
+}
+
+# reward_files TEMPLATE: sets DATA_ARGS and OUTPUT_ARGS. REWARD may name several, PROMPTS several files, hence without
+# quotes.
+reward_files() {
+    local reward
+    DATA_ARGS=(--prompts $PROMPTS --tokenizer-model "${TOKENIZER:-$MODEL}" --template "$1")
+    for reward in $REWARD; do DATA_ARGS+=(--reward "$reward"); done
+    [ -z "${EVAL_PROMPTS:-}" ] || DATA_ARGS+=(--eval-prompts $EVAL_PROMPTS --eval-interval 50)
+    OUTPUT_ARGS=(--save "$SAVE" --load "$MODEL" --save-interval 50 --keep-last 2 --distributed-timeout-minutes 120)
+    [ -z "${OUT:-}" ] || OUTPUT_ARGS+=(--save-hf "$OUT")
+}
+
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" || refuse "PYTHON=$PYTHON is no program"
@@ -117,6 +136,9 @@ tell_absent() {
     done
     for word in ${DATASET:-} ${EVAL_DATASET:-}; do
         [[ $word =~ ^[0-9.]+$ ]] || [ -e "$word" ] || echo "note: not on this machine: $word of DATASET" >&2
+    done
+    for word in ${PROMPTS:-} ${EVAL_PROMPTS:-}; do
+        [ -e "$word" ] || echo "note: not on this machine: $word of PROMPTS" >&2
     done
     [ -z "${TOKENIZER:-}" ] || [ -e "$TOKENIZER" ] || echo "note: not on this machine: TOKENIZER $TOKENIZER" >&2
 }

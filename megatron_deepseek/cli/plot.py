@@ -2,7 +2,8 @@
 
 The upper panel has the losses: each step light, their running mean strong, MTP dashed, validation as points. Two small
 panels below have the learning rate and the gradient norm. Several files are drawn over each other to compare runs.
-With --of experts it draws how evenly the runs use their experts, from their expert_load.jsonl.
+With --of experts it draws how evenly the runs use their experts, from their expert_load.jsonl, with --of rewards what
+plot_rewards.py says.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.cli.plot_rewards import COLORS, draw_rewards, read_reward_curves
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.packages import how_to_install
@@ -22,10 +24,6 @@ from megatron_deepseek.runtime.expert_picture import draw_load
 from megatron_deepseek.runtime.metrics import read_metrics
 
 PROGRAM = "plot_metrics.py"
-# Okabe and Ito's colours, which readers with colour blindness can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
 MARKERS = "oDv^P*X"  # of validation sets, in turn
 
 
@@ -196,8 +194,13 @@ def _draw_experts_of(files: list[Path], labels: list[str], output: Path) -> None
     output.write_bytes(draw_load({label: read_history(path) for path, label in zip(files, labels)}))
 
 
+def _draw_rewards_of(files: list[Path], labels: list[str], output: Path) -> None:
+    draw_rewards([read_reward_curves(path, label) for path, label in zip(files, labels)], output)
+
+
 # What --of names: the file in --save that it is read from, the picture's name, and who draws it.
 _DRAWN = {"losses": ("metrics.jsonl", "loss.png", _draw_losses_of),
+          "rewards": ("metrics.jsonl", "rewards.png", _draw_rewards_of),
           "experts": (EXPERT_LOAD, "experts.png", _draw_experts_of)}
 
 
@@ -207,7 +210,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("metrics", nargs="+", type=values.path, metavar="METRICS.jsonl", help="or the --save of a run")
     parser.add_argument("--of", choices=_DRAWN, default="losses", help="what is drawn (losses)")
     parser.add_argument("--output", type=values.path, metavar="PNG",
-                        help="default: loss.png or experts.png beside the first file")
+                        help="default: loss.png, rewards.png or experts.png beside the first file")
     parser.add_argument("--labels", nargs="+", help="one name for each file; default: the directories' names")
     options = parser.parse_args(arguments)
     source, picture, draw_runs = _DRAWN[options.of]

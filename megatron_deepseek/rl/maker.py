@@ -70,7 +70,9 @@ class RolloutMaker:
         before = self.rollout or Rollout(-1, 0, 0, ())
         if self.reference is not None:
             self.reference.before_rollout(state)
+        begun = time.perf_counter()
         self.engine.refresh()
+        refreshed = time.perf_counter()
         collected = self.collector.collect(before.number + 1, before.used)
         self.engine.release()
         groups = [sample.group for sample in collected.samples]
@@ -78,9 +80,10 @@ class RolloutMaker:
         updates = divide(len(groups), self.settings, size, before.number + 1)
         rollout = Rollout(before.number + 1, state.iteration, before.used + collected.used, updates, collected.samples,
                           tuple(advantages))
-        begun = time.perf_counter()
+        made = time.perf_counter()
         rollout = self._scored(trainer, rollout)
-        reports = rollout_reports(collected, advantages, time.perf_counter() - begun)
+        seconds = {"resharding_seconds": refreshed - begun, "scoring_seconds": time.perf_counter() - made}
+        reports = rollout_reports(collected, advantages) | seconds
         if self.records is not None:
             self.records.write(rollout, collected)
         return rollout, reports

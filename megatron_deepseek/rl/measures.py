@@ -9,7 +9,7 @@ from megatron_deepseek.rl.judging import Verdict
 from megatron_deepseek.rl.samples import Sample
 
 
-def rollout_reports(collected: Collected, advantages: Sequence[float], scoring_seconds: float) -> dict[str, float]:
+def rollout_reports(collected: Collected, advantages: Sequence[float]) -> dict[str, float]:
     """Return the numbers of a rollout by name."""
     lengths = [len(sample.tokens) for sample in collected.samples] or [0]
     cut = [not sample.finished for sample in collected.samples]
@@ -18,7 +18,7 @@ def rollout_reports(collected: Collected, advantages: Sequence[float], scoring_s
             "sampling_rounds": collected.rounds, "prompts": collected.used, "samples": len(collected.samples),
             "mean_completion": fmean(lengths), "longest_completion": max(lengths),
             "cut_completions": fmean(cut or [0.0]), "rollout_seconds": collected.rollout_seconds,
-            "reward_seconds": collected.reward_seconds, "scoring_seconds": scoring_seconds,
+            "reward_seconds": collected.reward_seconds,
             "rollout_tokens_per_second": collected.tokens / max(collected.rollout_seconds, 1e-9)}
 
 

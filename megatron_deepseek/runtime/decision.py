@@ -53,6 +53,7 @@ from megatron_deepseek.settings import RunSettings
 SHARED_SECONDS = 30.0  # a network file system shows another node's new file so late: its clients cache directories
 
 _RECORDS = (METRICS, EXPERT_LOAD, PICTURE, MANIFEST)  # files of a run beside its checkpoints
+_FOLDERS = (DIRECTORY, "rollouts", "reference")  # the last two are those of reinforcement learning
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def overwrite(root: Path) -> str:
         shutil.rmtree(directory)
     for name in _RECORDS:
         (root / name).unlink(missing_ok=True)
-    shutil.rmtree(root / DIRECTORY, ignore_errors=True)
+    for name in _FOLDERS:
+        shutil.rmtree(root / name, ignore_errors=True)
     return f"removed {len(there)} checkpoints of an older run, the last of iteration {there[-1]}, and its records " \
         f"from {root}" if there else f"removed an older run from {root}"

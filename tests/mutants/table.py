@@ -15,6 +15,7 @@ from base_weights import BASE_WEIGHTS
 from chats import CHATS
 from compiled import COMPILED
 from converted import CONVERTED
+from distilled import DISTILLED
 from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
@@ -526,4 +527,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED)

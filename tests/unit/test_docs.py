@@ -14,6 +14,7 @@ from test_examples import DATA, bash, released, settings_of, words_of  # noqa: F
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.arguments.grpo import build_grpo_parser
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.model.architecture.presets import V3
 from megatron_deepseek.planning.gpus import find_gpu
@@ -23,6 +24,8 @@ from megatron_deepseek.planning.memory import FITS, all_ranks, verdict, worst
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_OPTION = "--option-that-no-tool-has"
+PARSERS = {"pretrain_deepseek.py": build_parser, "finetune_deepseek.py": build_finetuning_parser,
+           "train_grpo.py": build_grpo_parser}
 COMMANDS = {
     "tools/convert_checkpoint.py": "megatron_deepseek.cli.convert_checkpoint",
     "tools/merge_lora.py": "megatron_deepseek.cli.merge_lora",
@@ -34,6 +37,7 @@ COMMANDS = {
     "tools/chat.py": "megatron_deepseek.cli.chat",
     "tools/score_answers.py": "megatron_deepseek.cli.score_answers",
     "tools/sample_answers.py": "megatron_deepseek.cli.sample_answers",
+    "tools/view_rollouts.py": "megatron_deepseek.cli.view_rollouts",
     "tools/serve.py": "megatron_deepseek.cli.serve",
     "tools/evaluate.py": "megatron_deepseek.cli.evaluate",
     "tools/plan.py": "megatron_deepseek.cli.plan",
@@ -66,7 +70,7 @@ def commands(page: Path):
     for line in lines_of_code(page):
         words = words_of_line(line)
         for place, word in enumerate(words):
-            if word in COMMANDS or word.endswith(("pretrain_deepseek.py", "finetune_deepseek.py")):
+            if word in COMMANDS or word.endswith(tuple(PARSERS)):
                 yield word, words[place + 1:]
                 break
 
@@ -81,7 +85,7 @@ def test_options_in_the_pages_exist(page, capsys, monkeypatch):
         if name in COMMANDS:
             assert importlib.import_module(COMMANDS[name]).main([*arguments, NO_OPTION]) == 2
         else:
-            parser = build_finetuning_parser if name.endswith("finetune_deepseek.py") else build_parser
+            parser = PARSERS[Path(name).name]
             with pytest.raises(SystemExit):
                 parse_or_exit([*arguments, NO_OPTION], {}, parser)
         error = capsys.readouterr().err

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_deepseek.arguments import parse
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
+from megatron_deepseek.arguments.grpo import build_grpo_parser
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.model.architecture.adapters import LoraSettings
 from megatron_deepseek.model.architecture.base_weights import BaseSettings
@@ -25,7 +26,10 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATH = os.environ["PATH"]
 DATA = {"DATA_PATH": "0.7 /data/web 0.3 /data/code", "TOKENIZER": "/data/tokenizer.json", "MASTER_ADDR": "host0",
-        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl"}
+        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl", "TEACHER": "/models/teacher",
+        "PROMPTS": "prompts.jsonl", "REWARD": "exact format:0.2"}
+PARSERS = {"pretrain_deepseek.py": build_parser, "finetune_deepseek.py": build_finetuning_parser,
+           "train_grpo.py": build_grpo_parser}
 NODES = (1, 2, 3, 8, 16, 20, 32, 48, 64, 128, 256, 512, 1000)
 
 
@@ -54,17 +58,16 @@ def value(words: list[str], option: str) -> str | None:
 
 def settings_of(words: list[str]):
     assert words[0].endswith("launch.py") or words[1].endswith("/tools/launch.py")
-    entry = next(i for i, word in enumerate(words) if word.endswith("_deepseek.py"))
+    entry = next(i for i, word in enumerate(words) if word.endswith(tuple(PARSERS)))
     ranks = int(value(words, "--nproc_per_node")) * int(value(words, "--nnodes") or 1)
-    parser = build_finetuning_parser if words[entry].endswith("/finetune_deepseek.py") else build_parser
-    return parse(words[entry + 1:], ranks, None, parser)
+    return parse(words[entry + 1:], ranks, None, PARSERS[Path(words[entry]).name])
 
 
 def run_script(name: str, *arguments: str, **environ: str):
     return settings_of(words_of(bash(str(EXAMPLES / name), *arguments, **{**DATA, "PYTHON": "echo", **environ})))
 
 
-TRAINING = ("pretrain", "continue", "finetune")  # serve_vllm_*.sh: test_serving_examples.py
+TRAINING = ("pretrain", "continue", "finetune", "dpo", "distill", "grpo")  # not serve_vllm_*.sh: test_serving_examples.py
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh") if path.name.startswith(TRAINING))
 
 

@@ -27,8 +27,7 @@ REFUSED = {
     "--reference-refresh-interval needs --kl k3 or unbiased": (
         "--reference-refresh-interval 4", "--reference-refresh-interval 4 needs --kl"),
     "the reference would change within a rollout": (
-        "--load x --kl k3 --reference-refresh-interval 6 --global-batch-size 64",
-        "6 is not a multiple of the 4 updates"),
+        "--load x --kl k3 --reference-refresh-interval 6 --global-batch-size 64", "is not a multiple of the 4 updates"),
     "evaluation needs held-out prompts": ("--eval-interval 5", "--eval-interval 5 needs --eval-prompts"),
     "all held-out prompts are answered": ("--eval-prompts e.jsonl --eval-iters 5", "--eval-iters 5 is not for this"),
     "a reference needs --load": ("--kl k3", "--kl k3 needs --load"),
