@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune grpo chat serve test test-all test-engines test-clients test-browser test-core \
-  test-torch test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune distill grpo chat serve test test-all test-engines test-clients test-browser \
+  test-core test-torch test-exhaustive drill mutants lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -24,6 +24,8 @@ help:
 	@echo '                OVERWRITE=1 removes the run that is there if it is another one'
 	@echo 'make finetune   after make pretrain: fine-tune that model on puzzles with reasoning; loss and answers before and'
 	@echo '                after; EPOCHS= passes over the chats, NPROC= and OVERWRITE=1 as above; LORA=1 trains adapters'
+	@echo 'make distill    after make finetune: a small dense student learns from that model, another from the labels'
+	@echo '                of the same rows alone; EPOCHS=, NPROC= and OVERWRITE=1 as above'
 	@echo 'make grpo       after make finetune: that model learns the puzzles by reward alone; right answers before and after'
 	@echo '                with three seeds, reward and length curves; GRPO_STEPS= updates, NPROC= and OVERWRITE=1 as above'
 	@echo 'make chat       after either: chat with the model that was trained last; CHAT= options of tools/chat.py'
@@ -63,6 +65,12 @@ pretrain: $(STAMP)
 finetune: pretrain
 	$(BIN)/python tools/run_tiny_finetuning.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	  $(if $(NPROC),--nproc $(NPROC)) $(if $(LORA),--lora) $(if $(OVERWRITE),--overwrite)
+
+# EPOCHS and LORA are not the teacher's.
+distill: $(STAMP)
+	$(MAKE) finetune EPOCHS= LORA=
+	$(BIN)/python tools/run_tiny_distillation.py --run-dir '$(RUN_DIR)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	  $(if $(NPROC),--nproc $(NPROC)) $(if $(OVERWRITE),--overwrite)
 
 grpo: finetune
 	$(BIN)/python tools/run_tiny_grpo.py --run-dir '$(RUN_DIR)' $(if $(GRPO_STEPS),--steps $(GRPO_STEPS)) \

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: starts pretrain_deepseek.py, of finetune_*.sh and dpo_*.sh finetune_deepseek.py, or of
-# grpo_*.sh train_grpo.py, on this node by tools/launch.py, which is torchrun with the arguments checked first.
+# Sourced by the scripts beside it: starts pretrain_deepseek.py, for fine-tuning finetune_deepseek.py, or of grpo_*.sh
+# train_grpo.py, on this node by tools/launch.py, which is torchrun with the arguments checked first.
 #
 # One node:    GPUS_PER_NODE=8 bash examples/SCRIPT.sh
 # Many nodes:  on each, MASTER_ADDR=host0 NNODES=16 NODE_RANK=0..15 bash examples/SCRIPT.sh
@@ -14,7 +14,7 @@ set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 case $(basename "$0") in
-    finetune_*|dpo_*) ENTRY=finetune_deepseek.py ;;
+    finetune_*|dpo_*|distill_*) ENTRY=finetune_deepseek.py ;;
     grpo_*) ENTRY=train_grpo.py ;;
     *) ENTRY=pretrain_deepseek.py ;;
 esac

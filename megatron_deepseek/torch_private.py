@@ -92,6 +92,11 @@ def multiply_packed(x, packed):
     return torch_ops()._linear_pointwise(x, packed, None, "none", [], "")
 
 
+def packs_bfloat16() -> bool:
+    """Return whether this processor has what packed weights of bfloat16 need."""
+    return torch_ops()._is_mkldnn_bf16_supported()
+
+
 def torch_ops():
     """Return the operators that torch's compiler uses for oneDNN."""
     import torch

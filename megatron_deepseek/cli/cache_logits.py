@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.distillation import add_logit_cache
+from megatron_deepseek.arguments.explain import explain_layout
 from megatron_deepseek.arguments.finetuning import build_finetuning_parser
 
 PROGRAM = "cache_logits.py"
@@ -28,7 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command on this rank."""
+    explain_layout(argv, build_parser)
     settings = parse_or_exit(argv, os.environ, build_parser)
+    if "--check-only" in argv:
+        return
+    if settings.fine_tuning.dry_run:
+        from megatron_deepseek.finetuning.dry_run import show_data
+
+        show_data(settings)
+        return
     from megatron_deepseek.finetuning.distillation.caching import cache_logits
 
     cache_logits(settings)

@@ -19,7 +19,8 @@ from megatron_deepseek.serving.chat import ChatFormat
 from megatron_deepseek.data.tokenizer import Tokenizer
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
-_FIELDS = tuple(field.name for field in fields(SamplingParameters) if field.name not in ("chosen_experts", "grammar"))
+_NOT_WRITTEN = ("chosen_experts", "drawn_logprobs", "kept_ids", "grammar")  # in answers' lines
+_FIELDS = tuple(field.name for field in fields(SamplingParameters) if field.name not in _NOT_WRITTEN)
 _KEYS = ("prompt", "messages", "tools", "thinking", "id")
 
 

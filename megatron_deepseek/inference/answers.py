@@ -1,7 +1,5 @@
 """From a sequence on its way to what is given out of it."""
 
-import torch
-
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.request import Sequence
 
@@ -18,7 +16,8 @@ def output_of(sequence: Sequence) -> Output:
         top_log_probabilities=list(sequence.top_log_probabilities) if wants else None,
         prompt_log_probabilities=list(request.prompt_reading.log_probabilities) if wants_prompt else None,
         prompt_top_log_probabilities=list(request.prompt_reading.tops) if wants_prompt else None,
-        chosen_experts=_experts(sequence) if parameters.chosen_experts else None,
+        drawn_log_probabilities=list(sequence.drawn_log_probabilities) if parameters.drawn_logprobs else None,
+        kept_ids=list(sequence.kept_ids) if parameters.kept_ids else None, chosen_experts=sequence.experts,
         queue_seconds=None if sequence.admitted_at is None else sequence.admitted_at - sequence.added_at)
 
 
@@ -27,9 +26,3 @@ def _text_ends(sequence: Sequence) -> list[int] | None:
     if sequence.text is None:
         return None
     return sequence.text.ends + [len(sequence.text.text)] * (sequence.num_answered - len(sequence.text.ends))
-
-
-def _experts(sequence: Sequence) -> dict[str, torch.Tensor]:
-    """Return the experts of all tokens that were computed, [tokens, K] for each layer that has routed ones."""
-    names = sequence.experts[0] if sequence.experts else ()
-    return {name: torch.cat([each[name] for each in sequence.experts]) for name in names}

@@ -15,11 +15,13 @@ from collections.abc import Iterable, Sequence
 NULL_BLOCK = 0
 
 
-def block_hashes(tokens: Sequence[int], block_size: int, known: list[bytes]) -> list[bytes]:
-    """Return the chained hash of every full block of `tokens`; `known` are those of the first blocks."""
+def block_hashes(tokens: Sequence[int], block_size: int, known: list[bytes], root: bytes = b"") -> list[bytes]:
+    """Return the chained hash of every full block of `tokens`; `known` are those of the first blocks. Chains of another
+    `root` have no hash in common.
+    """
     hashes = list(known)
     for begin in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else b""
+        parent = hashes[-1] if hashes else root
         ids = array("q", tokens[begin:begin + block_size]).tobytes()
         hashes.append(hashlib.blake2b(parent + ids, digest_size=16).digest())
     return hashes

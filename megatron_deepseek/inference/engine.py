@@ -17,13 +17,13 @@ import torch
 from megatron_deepseek.inference.answers import output_of
 from megatron_deepseek.inference.batch import Piece
 from megatron_deepseek.inference.blocks import BlockPool
+from megatron_deepseek.inference.choices import Choices
 from megatron_deepseek.inference.constraint import Constraints
 from megatron_deepseek.inference.forward import InferenceModel
 from megatron_deepseek.inference.loaded_model import LoadedModel, check_length
 from megatron_deepseek.inference.output import Output
 from megatron_deepseek.inference.readings import Readings
-from megatron_deepseek.inference.request import PromptReading, Request, Sequence
-from megatron_deepseek.inference.sampling import is_plain_greedy, next_token
+from megatron_deepseek.inference.request import Numbers, PromptReading, Request, Sequence
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.scheduler import Scheduler, Span
 from megatron_deepseek.inference.settings import EngineSettings
@@ -104,14 +104,14 @@ class Engine:
         chosen = {} if any(span.sequence.parameters.chosen_experts for span in spans) else None
         batch = self.model.batch([_piece(span) for span in spans])
         states_TH = self.model.states(batch, chosen)
+        self.readings.experts.keep(batch, chosen)
         self.readings.read_prompts(spans, batch.rows, states_TH)
         ready = [(span, row) for span, row in zip(spans, batch.rows) if span.samples]
         self._sample([(span, row) for span, row in ready if span.sequence.parameters.max_tokens], states_TH)
         for span, _ in ready:
             if not span.sequence.parameters.max_tokens:
                 self._finish_unanswered(span.sequence)
-        for span, row in zip(spans, batch.rows):
-            self.readings.keep_experts(span, row, chosen)
+        for span in spans:
             self._advance(span)
         running = [span.sequence for span in spans if span.sequence.finish_reason is None]
         if self.drafter is not None:
@@ -124,6 +124,7 @@ class Engine:
         for sequence in self._requests.pop(request_id, ()):
             if sequence.finish_reason is None:
                 sequence.finish_reason = "abort"
+                self.readings.read_experts(sequence)
                 self.scheduler.remove(sequence)
                 outputs.append(output_of(sequence))
         return outputs
@@ -215,37 +216,35 @@ class Engine:
     def _sequence(self, request: Request, index: int) -> Sequence:
         tokenizer = self.loaded.tokenizer
         text = None if tokenizer is None else AnswerText(tokenizer, request.prompt, request.stop_strings)
-        generator = torch.Generator().manual_seed((request.seed + index) % 2**63)
+        numbers = Numbers((request.seed + index) % 2**63)
         constraint = self._constraints.constraint(request.parameters.grammar, request.ends)
         tokens = list(request.prompt if request.parameters.max_tokens else request.prompt[:-1] or request.prompt)
-        return Sequence(request, index, tokens, generator, text, constraint)
+        return Sequence(request, index, tokens, numbers, text, constraint)
 
     def _sample(self, sampling: list[tuple[Span, int]], states_TH: torch.Tensor) -> None:
         """Choose the next tokens of each sequence: one, and one more for each draft that is what was chosen."""
-        rows, first = [], []
+        rows, owners = [], []
         for span, row in sampling:
-            own = len(span.sequence.tokens) - 1 - span.begin
-            first.append(len(rows))
-            rows += range(row + own, row + span.length)
+            begin = len(rows)
+            rows += range(row + len(span.sequence.tokens) - 1 - span.begin, row + span.length)
+            owners.append((span.sequence, range(begin, len(rows))))
         if not rows:
             return
         logits_RV = self.model.logits(states_TH, rows)
-        greedy = any(is_plain_greedy(span.sequence) for span, _ in sampling)
-        likeliest = logits_RV[:, :self._num_ids].argmax(-1).tolist() if greedy else []
-        for (span, _), begin, end in zip(sampling, first, (*first[1:], len(rows))):
-            self._verify(span.sequence, logits_RV[begin:end], likeliest[begin:end])
+        choices = Choices.of(logits_RV[:, :self._num_ids], owners)
+        for sequence, own in owners:
+            self._verify(sequence, own, logits_RV, choices)
 
-    def _verify(self, sequence: Sequence, logits_QV: torch.Tensor, likeliest: list[int]) -> None:
-        """Append tokens as long as drafts are right; `likeliest` are of these rows, where they are needed."""
-        drafts, accepted = sequence.drafts[:len(logits_QV) - 1], 0
-        for place, logits_V in enumerate(logits_QV):
-            token = likeliest[place] if is_plain_greedy(sequence) else \
-                next_token(logits_V[:self._num_ids], sequence)
-            sequence.append(token)
+    def _verify(self, sequence: Sequence, rows: range, logits_RV: torch.Tensor, choices: Choices) -> None:
+        """Append what is chosen from the rows of a sequence, as long as drafts are right."""
+        drafts, accepted = sequence.drafts[:len(rows) - 1], 0
+        for place, row in enumerate(rows):
+            choice = choices(row, sequence)
+            sequence.append(choice.token)
             self._output_tokens += 1
-            self.readings.read_token(sequence, logits_V, token)
-            self._finish(sequence, token)
-            right = place < len(drafts) and drafts[place] == token
+            self.readings.read_token(sequence, logits_RV[row], choice)
+            self._finish(sequence, choice.token)
+            right = place < len(drafts) and drafts[place] == choice.token
             accepted += right
             if not right or sequence.finish_reason is not None:
                 break
@@ -285,6 +284,7 @@ class Engine:
         sequence = span.sequence
         self.scheduler.advance(sequence, span.kept)
         if sequence.finish_reason is not None:
+            self.readings.read_experts(sequence)
             self.scheduler.remove(sequence)
             self._forget_finished(sequence.request.request_id)
 

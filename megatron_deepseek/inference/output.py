@@ -20,8 +20,14 @@ class Output:
 
     Log-probabilities are of raw logits, None unless they were asked for. `log_probabilities` has one for each of
     `tokens`, `top_log_probabilities` the likeliest by id, with the chosen one. The prompt's have None for its first
-    token. `chosen_experts`: layer name -> int64 [tokens, K], of every token that went through the model: the prompt's
-    and the answer's but the last one. `queue_seconds`: for which it waited to be begun, None if it never was.
+    token. `queue_seconds`: for which the answer waited to be begun, None if it never was.
+
+    `drawn_log_probabilities`, beside those of raw logits: of each of `tokens` under the distribution that it was drawn
+    from, after penalties, biases, bans and temperature, among the ids that top_k, top_p and min_p left. Without a draw,
+    at temperature 0, it is that of the softmax at temperature 1 (as vLLM's processed_logprobs). `kept_ids`: for each of
+    `tokens` the ids that these three left, int32 on the host, None where they cut off none. `chosen_experts`, of a
+    finished answer: layer name -> int16 [tokens, K], of every token that went through the model, on the host: the
+    prompt's and the answer's but the last one.
     """
 
     request_id: str
@@ -36,6 +42,8 @@ class Output:
     top_log_probabilities: list[dict[int, float]] | None = None
     prompt_log_probabilities: list[float | None] | None = None
     prompt_top_log_probabilities: list[dict[int, float] | None] | None = None
+    drawn_log_probabilities: list[float] | None = None
+    kept_ids: list[torch.Tensor | None] | None = None
     chosen_experts: Mapping[str, torch.Tensor] | None = None
     queue_seconds: float | None = field(default=None, compare=False)
 

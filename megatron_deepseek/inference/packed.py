@@ -19,7 +19,7 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.moe import Experts
 from megatron_deepseek.ops.rounded_rows import round_up
 from megatron_deepseek.parallel.tensor import ParallelLinear
-from megatron_deepseek.torch_private import multiply_packed, pack_weight
+from megatron_deepseek.torch_private import multiply_packed, pack_weight, packs_bfloat16
 
 ROWS = 8  # for how many rows weights are packed; other numbers are right too
 
@@ -64,7 +64,9 @@ def _multiply_rounded(rows_RK: torch.Tensor, packed: torch.Tensor) -> torch.Tens
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of packed weights exist here."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and packs_bfloat16()
 
 
 def pack(stage: DeepseekStage) -> None:

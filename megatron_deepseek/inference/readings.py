@@ -1,13 +1,14 @@
-"""What requests want to know beside tokens: log-probabilities of prompt and answer, and chosen experts.
+"""What requests want to know beside tokens: log-probabilities of prompt and answer, kept ids, and chosen experts.
 
-Shapes: T tokens, H hidden, V vocabulary, K experts of a token.
+Shapes: T tokens, H hidden, V vocabulary.
 """
 
 import torch
 
-from megatron_deepseek.inference.forward import Chosen, InferenceModel
+from megatron_deepseek.inference.forward import InferenceModel
+from megatron_deepseek.inference.kept_experts import KeptExperts
 from megatron_deepseek.inference.request import Sequence
-from megatron_deepseek.inference.sampling import likeliest, log_probabilities
+from megatron_deepseek.inference.sampling import Choice, likeliest, log_probabilities
 from megatron_deepseek.inference.scheduler import Span
 
 LOGITS_BYTES = 64 * 2**20  # of a prompt's logits that exist at once
@@ -18,6 +19,8 @@ class Readings:
 
     def __init__(self, model: InferenceModel):
         self.model = model
+        block_size = model.settings.block_size
+        self.experts = KeptExperts((model.num_blocks + 1) * block_size, block_size)
         self._rows_at_once = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
 
     def read_prompts(self, spans: list[Span], rows: list[int], states_TH: torch.Tensor) -> None:
@@ -36,24 +39,23 @@ class Readings:
             reading.log_probabilities.append(found[token])
             reading.tops.append(found)
 
-    def read_token(self, sequence: Sequence, logits_V: torch.Tensor, token: int) -> None:
-        """Read the log-probability of a token of the answer."""
-        number = sequence.parameters.logprobs
+    def read_token(self, sequence: Sequence, logits_V: torch.Tensor, choice: Choice) -> None:
+        """Read the log-probabilities of a token of the answer, and which ids it was drawn among."""
+        number, token = sequence.parameters.logprobs, choice.token
+        if sequence.parameters.drawn_logprobs:
+            sequence.drawn_log_probabilities.append(choice.log_probability)
+        if sequence.parameters.kept_ids:
+            sequence.kept_ids.append(choice.kept_ids)
         if number is None:
             return
         found_V = log_probabilities(logits_V)
         sequence.log_probabilities.append(float(found_V[token]))
         sequence.top_log_probabilities.append(likeliest(found_V, number, token))
 
-    def keep_experts(self, span: Span, row: int, chosen: Chosen | None) -> None:
-        """Keep the experts of a span's tokens that stay, in place of what was known of them."""
-        sequence = span.sequence
-        if chosen is None or not sequence.parameters.chosen_experts:
-            return
-        stays = span.kept - span.begin
-        if span.begin == 0:
-            sequence.experts.clear()
-        sequence.experts.append({name: experts_TK[row:row + stays].clone() for name, experts_TK in chosen.items()})
+    def read_experts(self, sequence: Sequence) -> None:
+        """Read the experts of a sequence's tokens, before it gives up its blocks."""
+        if sequence.parameters.chosen_experts:
+            sequence.experts = self.experts.of(sequence)
 
 
 def _places(span: Span) -> range:

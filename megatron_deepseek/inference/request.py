@@ -10,6 +10,8 @@ from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.stop_strings import StopStrings
 from megatron_deepseek.inference.text import AnswerText
 
+_MADE_AHEAD = 32  # random numbers at a time
+
 
 @dataclass(frozen=True, eq=False)
 class PromptReading:
@@ -43,6 +45,22 @@ class Request:
     prompt_reading: PromptReading = field(default_factory=lambda: PromptReading.begin(1))
 
 
+class Numbers:
+    """The random numbers of one answer, uniform in [0, 1): its i-th token takes the i-th that its generator gives.
+
+    Some are made ahead, so that those of drafts that turn out wrong are there for the tokens in their place.
+    """
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._made: list[float] = []
+
+    def __getitem__(self, place: int) -> float:
+        while place >= len(self._made):
+            self._made += torch.rand(_MADE_AHEAD, dtype=torch.float64, generator=self._generator).tolist()
+        return self._made[place]
+
+
 @dataclass(eq=False)
 class Sequence:
     """One answer: its prompt and the tokens so far, and where it stands.
@@ -50,15 +68,15 @@ class Sequence:
     `tokens` of a request that nothing is answered to leave out the last one, after which nothing is to be known.
     `num_computed`: of how many tokens the cache has what layers keep. `num_filled`: the same for MTP modules.
     `blocks`: where in the cache. `hashes`: of its full blocks, as far as they are known. `drafts`: tokens that may come
-    next, to be verified in the next step. `constraint`: what its grammar allows. `finish_reason` and
-    `stop_reason` are those of its Output. `added_at`, `admitted_at`: seconds of a clock, when it began to wait and when
-    it first ran.
+    next, to be verified in the next step. `constraint`: what its grammar allows. `finish_reason`, `stop_reason` and
+    what is read of its tokens are those of its Output. `added_at`, `admitted_at`: seconds of a clock, when it began to
+    wait and when it first ran.
     """
 
     request: Request
     index: int
     tokens: list[int]
-    generator: torch.Generator
+    numbers: Numbers
     text: AnswerText | None
     constraint: Constraint | None = None
     num_computed: int = 0
@@ -72,7 +90,9 @@ class Sequence:
     counts: dict[int, int] = field(default_factory=dict)
     log_probabilities: list[float] = field(default_factory=list)
     top_log_probabilities: list[dict[int, float]] = field(default_factory=list)
-    experts: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    drawn_log_probabilities: list[float] = field(default_factory=list)
+    kept_ids: list[torch.Tensor | None] = field(default_factory=list)
+    experts: dict[str, torch.Tensor] | None = None
     added_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None
 

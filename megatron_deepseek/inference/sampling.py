@@ -1,12 +1,16 @@
-"""From a row of logits to the next token.
+"""From rows of logits to the next tokens.
 
-Every request has a generator of its own, of which each token takes one number. So a draw depends on the request's seed,
-its tokens so far and their logits, and on nothing else in the batch.
+Every answer has random numbers of its own, of which each token takes one. So a draw depends on the request's seed, its
+tokens so far and their logits, and on nothing else in the batch; rows that are drawn from alike are drawn from at once.
 
-Shapes: V vocabulary, R rows.
+Shapes: V vocabulary, R rows, N candidates of a row.
 """
 
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 
 from megatron_deepseek.inference.request import Sequence
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
@@ -14,21 +18,68 @@ from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 LIKELIEST = 256  # how many of the likeliest tokens are sorted at first, to find the smallest set of `top_p`
 
 
-def next_token(logits_V: torch.Tensor, sequence: Sequence) -> int:
-    """Return the token that the sequence's parameters and generator choose."""
-    parameters = sequence.parameters
-    logits_V = adjusted(logits_V, sequence)
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A token, and if the request asks for them its log-probability and its kept ids, as Output has them."""
+
+    token: int
+    log_probability: float | None = None
+    kept_ids: torch.Tensor | None = None
+
+
+def next_token(logits_V: torch.Tensor, sequence: Sequence) -> Choice:
+    """Return the token that the sequence's parameters and numbers choose."""
+    return choose(adjusted(logits_V, sequence).unsqueeze(0), [sequence], [sequence.num_answered])[0]
+
+
+def choose(logits_RV: torch.Tensor, sequences: Sequences[Sequence], places: Sequences[int]) -> list[Choice]:
+    """Return a choice from each row of adjusted logits. `sequences` are the rows', whose parameters are alike in
+    `way_of`; `places`: of which tokens of their answers.
+    """
+    parameters = sequences[0].parameters
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     if parameters.greedy:
-        return int(logits_V.argmax())
-    weights, ids = candidates(logits_V / parameters.temperature, parameters)
-    return int(draw(weights, ids, torch.rand((), dtype=torch.float64, generator=sequence.generator)))
+        scaled_RV, weights_RN, ids_RN = logits_RV, None, None
+        tokens_R = logits_RV.argmax(-1)
+    else:
+        scaled_RV = logits_RV / parameters.temperature
+        weights_RN, ids_RN = candidates(scaled_RV, parameters)
+        numbers_R = torch.tensor([each.numbers[place] for each, place in zip(sequences, places)], dtype=torch.float64)
+        tokens_R = draw(weights_RN, ids_RN, numbers_R.unsqueeze(1)).squeeze(1)
+    tokens, nothing = tokens_R.tolist(), [None] * len(sequences)
+    found = log_probabilities_of(tokens_R, scaled_RV, weights_RN, parameters).tolist() if parameters.drawn_logprobs \
+        else nothing
+    kept = kept_of(weights_RN, ids_RN, logits_RV.shape[1]) if parameters.kept_ids and parameters.cuts else nothing
+    return [*map(Choice, tokens, found, kept)]
 
 
-def is_plain_greedy(sequence: Sequence) -> bool:
-    """Return whether the next token is simply the likeliest of the raw logits."""
+def way_of(parameters: SamplingParameters) -> tuple:
+    """Return all that `choose` reads of parameters: rows of requests with the same are drawn from at once."""
+    return (parameters.greedy, parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p,
+            parameters.drawn_logprobs, parameters.kept_ids)
+
+
+def is_adjusted(sequence: Sequence) -> bool:
+    """Return whether the next token is chosen from other logits than the model's own."""
     parameters = sequence.parameters
-    return parameters.greedy and not (parameters.penalised or parameters.logit_bias or sequence.constraint is not None
-                                      or sequence.num_answered < parameters.min_tokens)
+    return bool(parameters.penalised or parameters.logit_bias or sequence.constraint is not None
+                or sequence.num_answered < parameters.min_tokens)
+
+
+def log_probabilities_of(tokens_R: torch.Tensor, scaled_RV: torch.Tensor, weights_RN: torch.Tensor | None,
+                         parameters: SamplingParameters) -> torch.Tensor:
+    """Return the log-probability of each token among the candidates of its row, [R] float64."""
+    found_R = log_probabilities(scaled_RV).gather(-1, tokens_R.unsqueeze(1)).squeeze(1).double()
+    return found_R - weights_RN.double().sum(-1).log() if parameters.cuts else found_R
+
+
+def kept_of(weights_RN: torch.Tensor, ids_RN: torch.Tensor | None, size: int) -> list[torch.Tensor | None]:
+    """Return the ids that each row has weights for, int32 on the host; None if these are all `size`."""
+    rows, places = weights_RN.nonzero(as_tuple=True)
+    ids = places if ids_RN is None else ids_RN[rows, places]
+    counts, ids = rows.bincount(minlength=len(weights_RN)).tolist(), ids.to("cpu", torch.int32)
+    with torch.inference_mode(False):  # they may be an index in a training step; each in memory of its own
+        return [None if len(each) == size else each.clone() for each in ids.split(counts)]
 
 
 def adjusted(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -69,46 +120,51 @@ def _penalise(logits_V: torch.Tensor, sequence: Sequence) -> None:
         logits_V[ids] -= parameters.frequency_penalty * counts + parameters.presence_penalty
 
 
-def candidates(scaled_V: torch.Tensor, parameters: SamplingParameters) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weights of the tokens that top_k, top_p and min_p leave, and their ids; None for all ids in order.
+def candidates(scaled_RV: torch.Tensor, parameters: SamplingParameters) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weights [R, N] of the tokens that top_k, top_p and min_p leave, and their ids; None for all in order.
 
-    Weights are probabilities up to a common factor. top_p counts within what top_k leaves.
+    Weights are probabilities: what is left does not add up to one. Other tokens have a weight of 0. top_p counts within
+    what top_k leaves.
     """
-    size = len(scaled_V)
+    size = scaled_RV.shape[-1]
     top_k = min(parameters.top_k or size, size)
     if top_k == size and parameters.top_p == 1:
-        weights, ids = scaled_V.softmax(-1), None
+        weights_RN, ids_RN = scaled_RV.softmax(-1), None
     else:
-        weights, ids = _nucleus(scaled_V, top_k, parameters.top_p)
+        weights_RN, ids_RN = _nucleus(scaled_RV, top_k, parameters.top_p)
     if parameters.min_p:
-        weights = weights.where(weights >= parameters.min_p * weights.max(), 0)
-    return weights, ids
+        weights_RN = weights_RN.where(weights_RN >= parameters.min_p * weights_RN.amax(-1, keepdim=True), 0)
+    return weights_RN, ids_RN
 
 
-def _nucleus(scaled_V: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _nucleus(scaled_RV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the smallest set of likeliest tokens whose share of the first `top_k` reaches `top_p`.
 
     Sorting a few of them is mostly enough: the whole vocabulary is sorted only where their share is too small.
     """
-    number = min(top_k, LIKELIEST if top_k == len(scaled_V) else top_k)
-    probabilities_V = scaled_V.softmax(-1)
-    weights, ids = probabilities_V.topk(number)
-    total = weights.sum() if top_k < len(scaled_V) else probabilities_V.sum()
-    if number < top_k and weights.sum() < top_p * total:
-        weights, ids = probabilities_V.sort(descending=True)
-    before = weights.cumsum(-1) - weights
-    return weights.where(before < top_p * total, 0), ids
+    size = scaled_RV.shape[-1]
+    number = min(top_k, LIKELIEST if top_k == size else top_k)
+    probabilities_RV = scaled_RV.softmax(-1)
+    weights_RN, ids_RN = probabilities_RV.topk(number)
+    total_R1 = (weights_RN if top_k < size else probabilities_RV).sum(-1, keepdim=True)
+    short_R = (weights_RN.sum(-1, keepdim=True) < top_p * total_R1).squeeze(-1)
+    if number < top_k and short_R.any():
+        weights_RN, ids_RN = (F.pad(x, (0, size - number)) for x in (weights_RN, ids_RN))
+        weights_RN[short_R], ids_RN[short_R] = probabilities_RV[short_R].sort(descending=True)
+    before_RN = weights_RN.cumsum(-1) - weights_RN
+    return weights_RN.where(before_RN < top_p * total_R1, 0), ids_RN
 
 
-def draw(weights: torch.Tensor, ids: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor:
-    """Return, for each number, uniform in [0, 1), the id whose part of the sum of weights has it.
+def draw(weights_RN: torch.Tensor, ids_RN: torch.Tensor | None, numbers_RM: torch.Tensor) -> torch.Tensor:
+    """Return, for each of a row's M numbers, uniform in [0, 1), the id whose part of the sum of weights has it, [R, M].
 
-    Parts lie in the order of the weights. Without `ids` the place is the id.
+    Parts lie in the order of the weights. Without `ids_RN` the place is the id.
     """
-    ends = weights.double().cumsum(-1)
-    last = int(weights.nonzero()[-1])  # to which rounding may not add one that has no weight
-    places = torch.searchsorted(ends, numbers.to(ends.device) * ends[-1], right=True).clamp(max=last)
-    return places if ids is None else ids[places]
+    ends_RN = weights_RN.double().cumsum(-1)
+    total_R1 = ends_RN[..., -1:]
+    below_R1 = total_R1.nextafter(torch.zeros_like(total_R1))  # beyond it rounding leads to what has no weight
+    places_RM = torch.searchsorted(ends_RN, (numbers_RM.to(ends_RN.device) * total_R1).minimum(below_R1), right=True)
+    return places_RM if ids_RN is None else ids_RN.gather(-1, places_RM)
 
 
 def log_probabilities(logits_RV: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,8 @@ class SamplingParameters:
     penalties and temperature; `prompt_logprobs`: the same for the prompt, whose first token has none; None for neither.
     `prompt_logprobs_from`: the place of the first token of the prompt that they are read for; what comes before may be
     taken from the cache. `max_tokens` 0 with `prompt_logprobs`: the prompt is read and nothing is answered.
-    `chosen_experts`: return the experts that each token chose.
+    `chosen_experts`: return the experts that each token chose. `drawn_logprobs`: return the log-probability of each
+    token under the distribution that it was drawn from, `kept_ids`: which ids `top_k`, `top_p` and `min_p` left.
     """
 
     max_tokens: int = 16
@@ -58,6 +59,8 @@ class SamplingParameters:
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
     chosen_experts: bool = False
+    drawn_logprobs: bool = False
+    kept_ids: bool = False
     grammar: Grammar | None = None
 
     def __post_init__(self):
@@ -83,6 +86,11 @@ class SamplingParameters:
     def greedy(self) -> bool:
         """Return whether the likeliest token is taken, without a draw."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def cuts(self) -> bool:
+        """Return whether ids may be cut off before a draw."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p) and not self.greedy
 
     @property
     def penalised(self) -> bool:

@@ -133,8 +133,6 @@ class Scheduler:
             return [], []
         self._know_hashes(sequence, len(sequence.tokens) - 1)
         parameters, most = sequence.parameters, len(sequence.tokens) - 1
-        if parameters.chosen_experts:
-            return [], []
         if parameters.prompt_logprobs is not None and not sequence.index:
             most = min(most, sequence.request.prompt_reading.place)
         hashes = sequence.hashes[:most // self.settings.block_size]
@@ -142,9 +140,13 @@ class Scheduler:
         return shared, hashes[len(shared):]
 
     def _know_hashes(self, sequence: Sequence, tokens: int) -> None:
-        """Compute the hashes of the full blocks of a sequence's first `tokens` tokens, as far as they are not known."""
+        """Compute the hashes of the full blocks of a sequence's first `tokens` tokens, as far as they are not known.
+
+        Sequences whose experts are kept share blocks among themselves: of others' tokens no experts are known.
+        """
         if len(sequence.hashes) < tokens // self.settings.block_size:
-            sequence.hashes = block_hashes(sequence.tokens[:tokens], self.settings.block_size, sequence.hashes)
+            root = b"experts" if sequence.parameters.chosen_experts else b""
+            sequence.hashes = block_hashes(sequence.tokens[:tokens], self.settings.block_size, sequence.hashes, root)
 
     def _blocks_for(self, tokens: int) -> int:
         """Return how many blocks `tokens` tokens take, and the drafts that may follow."""

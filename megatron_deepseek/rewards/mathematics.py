@@ -40,9 +40,10 @@ def parse_right(expected: str) -> list[Any]:
 
     Bare LaTeX is put between dollars: without them 1<x<2 would be read as 1, and 10\\% as 10.
     """
-    text = expected.rpartition("####")[2].strip()
-    bare = not _DELIMITED.search(text) and not _PROSE.search(text) and _MATHEMATICAL.search(text)
-    return bare and _parse(f"${text}$") or _parse(text)
+    text = expected.rpartition("####")[2].replace("\\$", "").strip()  # an escaped dollar is a currency's
+    formula = f"${text}$" if _MATHEMATICAL.search(text) and not _PROSE.search(text) else ""
+    first, second = (text, formula) if _DELIMITED.search(text) else (formula, text)
+    return first and _parse(first) or second and _parse(second) or []
 
 
 def _parse(text: str) -> list[Any]:

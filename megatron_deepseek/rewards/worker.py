@@ -75,7 +75,7 @@ def serve(connection: Connection) -> None:
     own, (specs, memory_bytes) = os.getpid(), pickle.loads(connection.recv_bytes())
     functions, spec = [], None
     if memory_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        limit_memory(memory_bytes)
     try:
         for spec in specs:
             functions.append(load(spec))
@@ -85,6 +85,15 @@ def serve(connection: Connection) -> None:
     while True:
         number, batch = pickle.loads(connection.recv_bytes())
         _say(connection, own, call(functions[number], batch))
+
+
+def limit_memory(size: int) -> None:
+    """Let this process have so many bytes that it can write to. Files that are mapped, and addresses that CUDA reserves
+    and does not use, are not counted.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
 
 
 def _say(connection: Connection, own: int, said: dict) -> None:

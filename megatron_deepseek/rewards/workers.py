@@ -52,7 +52,7 @@ class _Pool:
 class RewardWorkers:
     """Processes that reward completions by `specs`. A call may take `seconds`; `processes` calls run at a time.
 
-    `memory_bytes`: address space of a process, None for no limit. A reward model has a process of its own, without that
+    `memory_bytes`: of a process, None for no limit. A reward model has a process of its own, without that
     limit, and `seconds` for each completion. Programs that a model wrote run in the sandbox, with their own limits.
     """
 
@@ -81,6 +81,8 @@ class RewardWorkers:
 
     def close(self) -> None:
         """End the processes, whatever they do."""
+        if self._threads is None:
+            return
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers():
             worker.kill()

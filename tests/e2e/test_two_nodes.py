@@ -51,13 +51,16 @@ class Nodes:
 
     def start(self, node: int, save: str, launcher: tuple[str, ...], *arguments: str) -> None:
         """One rank on `node`; what it says is added to NODE.log."""
+        self.run(node, launcher, (REPOSITORY,), str(REPOSITORY / "pretrain_deepseek.py"),
+                 *self.workshop.arguments(save, "--load", str(self.workshop.directory / save), "--save-interval", "1",
+                                          "--keep-last", "2", "--eval-iters", "0", *arguments))
+
+    def run(self, node: int, launcher: tuple[str, ...], paths: tuple[Path, ...], *program: str) -> None:
+        """`program` as one rank on `node`, with modules from `paths`."""
         command = ["ip", "netns", "exec", self.spaces[node], sys.executable, *launcher, "--nnodes", "2", "--node-rank",
-                   str(node), "--master-addr", "10.77.0.1", "--master-port", "29511", "--nproc_per_node", "1",
-                   str(REPOSITORY / "pretrain_deepseek.py"),
-                   *self.workshop.arguments(save, "--load", str(self.workshop.directory / save), "--save-interval", "1",
-                                            "--keep-last", "2", "--eval-iters", "0", *arguments)]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "GLOO_SOCKET_IFNAME": self.links[node]}
+                   str(node), "--master-addr", "10.77.0.1", "--master-port", "29511", "--nproc_per_node", "1", *program]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1",
+                   "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": self.links[node]}
         with open(self.directory / f"{node}.log", "a") as log:
             self.jobs[node] = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
 
@@ -109,3 +112,13 @@ def test_nobody_remains_when_the_link_is_cut_for_good(nodes):
     for node, said in enumerate(nodes.said()):
         assert "the link to it is cut" in said or "timed out" in said, said
         assert said.splitlines()[-1].startswith("launch.py: "), said
+
+
+def test_weights_get_to_an_engine_over_both_nodes(nodes):
+    """Pipeline stages on two nodes, whose engine has half of each layer on both: by torchrun."""
+    helpers = REPOSITORY / "tests" / "helpers"
+    for node in range(2):
+        nodes.run(node, ("-m", "torch.distributed.run"), (REPOSITORY, helpers, helpers / "ranks"),
+                  str(helpers / "ranks" / "rollout_job.py"))
+    assert nodes.wait(240) == [0, 0], nodes.said()
+    assert all("log-probabilities differ by at most" in said for said in nodes.said())

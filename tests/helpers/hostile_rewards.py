@@ -34,6 +34,9 @@ def hangs(prompts, completions, rows):
 
 
 def always_hangs(prompts, completions, rows):
+    """It leaves a line where a row says."""
+    with open(rows[0]["calls"], "a") as file:
+        file.write(f"{len(completions)}\n")
     ctypes.PyDLL(None).sleep(600)
 
 

@@ -9,7 +9,7 @@ RENDERING = ("tests/unit/serving/test_chat_rendering.py",)
 CHATS = of(
     GRAMMAR,
     ("Sequence.append", "self.constraint.add(token)", "self.constraint.add(self.tokens[-2])"),
-    ("is_plain_greedy", " or sequence.constraint is not None", ""),
+    ("is_adjusted", " or sequence.constraint is not None", ""),
     ("_constrained", "return masked_V if masked_V.isfinite().any() else raw_V", "return masked_V if True else raw_V"),
     ("Constraint.allowed", "allowed_V[self._ends] = self._matcher.is_accepting()", "pass"),
     ("Constraint.allowed", "not self._grammar.must_begin", "True"),

@@ -3,6 +3,8 @@
 from mutant import of
 
 STEP = ("tests/unit/model/test_replay.py",)
+SAMPLING = ("tests/unit/inference/test_sampling.py",)
+READINGS = ("tests/unit/inference/test_rollout_readings.py",)
 LAYOUTS = ("tests/parallel/test_replay_layouts.py",)
 
 REPLAYED = of(
@@ -21,4 +23,21 @@ REPLAYED = of(
     ("division._micro_batch", "Replay(own.inputs.get(REPLAYED))",
      "Replay(own.inputs[REPLAYED].flip(1) if REPLAYED in own.inputs else None)"),
     ("division.own_part", "inputs={**batch.inputs, **inputs}", "inputs={**inputs, **batch.inputs}"),
+) + of(
+    READINGS,
+    ("log_probabilities_of", "found_R - weights_RN.double().sum(-1).log() if parameters.cuts else found_R", "found_R"),
+    ("sampling.choose", "log_probabilities_of(tokens_R, scaled_RV,", "log_probabilities_of(tokens_R, logits_RV,"),
+    ("kept_of", "places if ids_RN is None else ids_RN[rows, places]", "places"),
+    ("kept_of", "None if len(each) == size else each.clone()", "each.clone()"),
+    ("Choices.of", "alike[way_of(sequence.parameters)]", "alike[sequence.parameters.greedy]"),
+    ("Choices.of", "answered + row)", "answered)"),
+    ("KeptExperts.keep", "batch.slots_T[:batch.num_tokens].cpu()", "batch.previous_T[:batch.num_tokens].cpu()"),
+    ("KeptExperts.of", "found_TLK[:, place]", "found_TLK[:, 0]"),
+    ("Scheduler._know_hashes", "b\"experts\" if sequence.parameters.chosen_experts else b\"\"", "b\"\""),
+    ("Engine.abort", "self.readings.read_experts(sequence)", "pass"),
+) + of(
+    SAMPLING,
+    ("_nucleus", "short_R.any()", "short_R.all()"),
+    ("_nucleus", "weights_RN.where(before_RN < top_p * total_R1, 0)", "weights_RN.where(before_RN < top_p, 0)"),
+    ("sampling.draw", ".minimum(below_R1)", ""),
 )

@@ -10,6 +10,7 @@ SELECTED = ("tests/unit/rewards/test_selection.py",)
 KEPT = ("tests/unit/runtime/test_kept_records.py",)
 PROMPTS = ("tests/unit/cli/test_sample_prompts.py",)
 SAMPLED = ("tests/unit/cli/test_sample_answers.py",)
+VIEWED = ("tests/unit/cli/test_view_rollouts.py",)
 
 REWARDED = of(
     READY,
@@ -32,8 +33,10 @@ REWARDED = of(
     ("mathematics._score", "if gold else None", "if gold else 1.0"),
     ("mathematics._score", "verify(gold, _parse(answer)", "verify(_parse(answer), gold"),
     ("mathematics._score", "timeout_seconds=None", "timeout_seconds=5"),
-    ("parse_right", 'return bare and _parse(f"${text}$") or _parse(text)', "return _parse(text)"),
-    ("parse_right", 'expected.rpartition("####")[2].strip()', "expected"),
+    ("parse_right", "if _DELIMITED.search(text) else (formula, text)", "if True else (formula, text)"),
+    ("parse_right", "or second and _parse(second)", ""),
+    ("parse_right", 'expected.rpartition("####")[2]', "expected"),
+    ("parse_right", '.replace("\\\\$", "")', ""),
 ) + of(
     SPECS,
     ("parse_rewards", 'f"{spec.name}_{alike + 1}"', "spec.name"),
@@ -83,4 +86,13 @@ REWARDED = of(
     ("Judge._score", 'TOKENS_COLUMN: each["tokens"]', "TOKENS_COLUMN: 0"),
     ("judged_digest", "str(spec)", "spec.weight"),
     ("sample_answers_run._rows", "row_of(prompt, candidate, place)", "row_of(prompt, candidates[0], place)"),
+) + of(
+    VIEWED,
+    ("Step.summary", "len({each.reward for each in group} - {None}) < 2", "len({each.reward for each in group}) < 2"),
+    ("Kept.drift", "self.log_probability - self.rollout_log_probability",
+     "self.rollout_log_probability - self.log_probability"),
+    ("rollout_records.mean", "if each is not None", "if each"),
+    ("_in_script", '.replace("<", "\\\\u003c")', ""),
+    ("_visible", 'each == "\\n" or each.isprintable()', "True"),
+    ("chosen_steps", "if number <= last", "if True"),
 )

@@ -11,4 +11,21 @@ ROLLOUTS = of(
     ("Resharding._divide", "used + costs[name] > self.round_bytes", "False"),
     ("Round.add", "sorted([*self.receives, *receives], key=_order)", "[*self.receives, *receives]"),
     ("Resharding.move", "_memory(targets, leg).copy_(_memory(sources, leg))", "pass"),
+) + of(
+    ("tests/unit/rl/test_rollout_weights.py",),
+    ("engine_layout", "rollout.tp or training.tp", "training.tp"),
+    ("engine_layout", "Layout(dp=world // tp", "Layout(dp=training.dp"),
+    ("check_base", "(there.codes, there.scales)", "(there.codes, here.scales)"),
+    ("spans_replicas", "layout.tp % layout.ep != 0", "layout.ep > 1"),
+    ("seed_of", ":{rollout}:{number}", ":{number}"),
+    ("EngineWeights.__init__", "build.precision.activations", "build.precision.master"),
+    ("rollout.weights._join_adapters", "b * scale, matrices", "b, matrices"),
+    ("rollout.weights._join_adapters", "AdaptedWeight(base, a, b, scale)", "AdaptedWeight(base, a, b, 1.0)"),
+) + of(
+    ("tests/parallel/test_rollouts.py",),
+    ("rollout.weights.parts_of", "(*stage.named_parameters(), *stage.named_buffers())", "stage.named_parameters()"),
+    ("RolloutEngine.release", "self._engine = None", "pass"),
+    ("RolloutEngine.release", "gc.collect()", "pass"),
+    ("RolloutEngine.generate", 'rank("tp") == 0', 'rank("tp") == 1'),
+    ("gather_samples", "sorted(_of_all(small), key=lambda item: item[0])", "_of_all(small)"),
 )

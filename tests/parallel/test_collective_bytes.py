@@ -1,8 +1,12 @@
 """What each collective of a step sends, counted on every rank, beside the least (docs/benchmarks.md has the table)."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from cases import Case, covering_cases
 from collective_bytes import (
+    COUNTS,
     GATHERED,
     REDUCED,
     REGIONS,
@@ -13,11 +17,13 @@ from collective_bytes import (
     TOKENS,
     VOCABULARY,
     Sent,
+    TokenBytes,
     least,
     least_of_weights,
     of_all_ranks,
     replicated_bytes,
     sent_in_a_step,
+    token_bytes,
 )
 
 PADDING = 1.1  # of the rows of a weight that do not divide among data ranks; weights are small here
@@ -56,8 +62,28 @@ def test_weights_and_gradients_travel_once(ranks, case):
         assert_weights_travel_once(sent, case)
 
 
-def test_copies_for_one_rank_travel_one_by_one(ranks):
-    """A token whose two experts are on the same other rank is sent there twice, and no token more often than that."""
-    case = SHOWN[0]
-    counted, needed = of_all_ranks(case, ranks.run(4, sent_in_a_step, case))[TOKENS]
-    assert needed < counted < 2 * needed
+@pytest.mark.parametrize("case", [
+    SHOWN[0], pytest.param(SHOWN[3], marks=pytest.mark.slow),
+    pytest.param(Case(dp=4, tp=2, ep=4, etp=2, dispatcher="grouped", node=4, microbatches=2), marks=pytest.mark.slow)],
+    ids=str)
+def test_tokens_travel_once_to_a_node_and_once_for_each_expert_inside(ranks, case):
+    """By the experts that tokens chose. With all-to-all, a token whose two experts are on the same other rank is sent
+    there twice; the grouped dispatcher sends it to another node once.
+    """
+    sent = ranks.run(case.layout.world_size, sent_in_a_step, case)
+    counted, needed = of_all_ranks(case, sent)[TOKENS]
+    assert counted == sum(each.tokens.whole for each in sent)
+    assert needed == sum(each.tokens.least for each in sent) < counted < 2 * needed
+    choices = sum(each.tokens.choices for each in sent)
+    assert sum(each.by_purpose[COUNTS] for each in sent) >= choices and (choices > 0) == (case.dispatcher == "grouped")
+
+
+def test_bytes_of_tokens_by_hand():
+    """Rank 0 of 4, two a node, of 8 experts: a token with experts on its own rank and on the last one, one with both on
+    rank 1, and one with both on rank 2. Hidden 16 and weights in float64.
+    """
+    case, chosen = SHOWN[3], torch.tensor([[0, 7], [2, 3], [4, 5]])
+    found = token_bytes(chosen, case, SimpleNamespace(rank=lambda axis: 0))
+    across, row = 2, 4 * 16 * 8
+    assert found == TokenBytes(row * (across + 1 + 2) + across * 2 * 16, row * (across + 1 + 1) + 16 + 32,
+                               across * 2 * 8)

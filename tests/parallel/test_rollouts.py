@@ -60,6 +60,7 @@ def test_training_finds_the_log_probabilities_of_the_rollout(ranks, case, asked)
             for place, part in parts:
                 there = tuple(slice(begin, begin + size) for begin, size in zip(place, part.shape))
                 assert torch.equal(part, trained[name][there]), name
+        assert not each.written
         assert each.kept[0] > 1e5 and each.kept[1] < 100, each.kept
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "tools/chat.py": "megatron_deepseek.cli.chat",
     "tools/score_answers.py": "megatron_deepseek.cli.score_answers",
     "tools/sample_answers.py": "megatron_deepseek.cli.sample_answers",
+    "tools/view_rollouts.py": "megatron_deepseek.cli.view_rollouts",
     "tools/serve.py": "megatron_deepseek.cli.serve",
     "tools/evaluate.py": "megatron_deepseek.cli.evaluate",
     "tools/plan.py": "megatron_deepseek.cli.plan",

@@ -26,8 +26,8 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATH = os.environ["PATH"]
 DATA = {"DATA_PATH": "0.7 /data/web 0.3 /data/code", "TOKENIZER": "/data/tokenizer.json", "MASTER_ADDR": "host0",
-        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl", "PROMPTS": "prompts.jsonl",
-        "REWARD": "exact format:0.2"}
+        "NODE_RANK": "0", "DATASET": "0.7 chats.jsonl 0.3 code.jsonl", "TEACHER": "/models/teacher",
+        "PROMPTS": "prompts.jsonl", "REWARD": "exact format:0.2"}
 PARSERS = {"pretrain_deepseek.py": build_parser, "finetune_deepseek.py": build_finetuning_parser,
            "train_grpo.py": build_grpo_parser}
 NODES = (1, 2, 3, 8, 16, 20, 32, 48, 64, 128, 256, 512, 1000)
@@ -67,7 +67,7 @@ def run_script(name: str, *arguments: str, **environ: str):
     return settings_of(words_of(bash(str(EXAMPLES / name), *arguments, **{**DATA, "PYTHON": "echo", **environ})))
 
 
-TRAINING = ("pretrain", "continue", "finetune", "dpo", "grpo")  # serve_vllm_*.sh: test_serving_examples.py
+TRAINING = ("pretrain", "continue", "finetune", "dpo", "distill", "grpo")  # serve_*: test_serving_examples.py
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh") if path.name.startswith(TRAINING))
 
 

@@ -79,11 +79,13 @@ REFUSED = (
     Group("ranks are started anew by torchrun or tools/launch.py with --max-restarts", "--inprocess-restart"),
     Group("SIGTERM and SIGUSR1 save and leave; leave it out", "--exit-signal=SIGTERM|15|SIGUSR1|10"),
     Group("use --dry-run-memory with --world-size, without torchrun", "--fake-process-group"),
+    Group("distillation is of conversations: tools/cache_logits.py keeps logits, finetune_deepseek.py --teacher learns "
+          "from them", "--logits-load-dir= --logits-save-dir="),
     Group("it is not implemented here; leave it out", """
         --error-injection-rate=0 --fault-injector-delay-start-iteration=
         --fault-injector-fault-delay= --fault-injector-fault-probabilities= --fault-injector-fault-types=
         --fault-injector-mtti-seconds= --fault-injector-num-ranks= --fault-injector-offset-seconds=
-        --fault-injector-ranks= --fault-injector-seed= --logits-load-dir= --logits-save-dir=
+        --fault-injector-ranks= --fault-injector-seed=
         --moe-routing-trace-path= --save-activations-interval= --save-dgrads-interval= --save-params-interval=
         --save-tokens-per-expert-interval= --save-wgrads-interval=
     """),

@@ -13,10 +13,11 @@ from megatron_deepseek.finetuning.data import Conversations
 from megatron_deepseek.finetuning.distillation.cache_files import CachedDataset, Description, dataset_key, holds_cache
 from megatron_deepseek.finetuning.distillation.inputs import CachedSampler
 from megatron_deepseek.finetuning.distillation.objective import Distillation
-from megatron_deepseek.finetuning.distillation.teacher import LiveTeacher, check_teacher
+from megatron_deepseek.finetuning.distillation.teacher import LiveTeacher, TeacherFiles, check_teacher
 from megatron_deepseek.finetuning.distillation.same_tokens import entries_digest, run_entries
 from megatron_deepseek.finetuning.prepare import Prepared as PreparedData
 from megatron_deepseek.finetuning.rows import Rows
+from megatron_deepseek.planning.binary_units import with_unit
 from megatron_deepseek.runtime.task import Prepared, RunData
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.trainer import Trainer
@@ -75,13 +76,25 @@ def with_distillation(supervised: Prepared, conversations: Conversations) -> Pre
     depths, scale = settings.model.num_nextn_predict_layers, settings.loss.mtp_loss_scaling_factor
     distillation = settings.fine_tuning.distillation
     if holds_cache(distillation.teacher):
-        ids = Description.read(distillation.teacher).vocab_size
-        objective = Distillation(distillation, None, depths, scale, num_ids=ids)
-        return replace(supervised, objective=objective, open_data=partial(_open_cached, supervised, conversations))
+        made = Description.read(distillation.teacher)
+        objective = Distillation(distillation, None, depths, scale, num_ids=made.vocab_size)
+        return replace(supervised, objective=objective, open_data=partial(_open_cached, supervised, conversations),
+                       notes=(*supervised.notes, f"teacher: the {made.top_k} likeliest of {made.vocab_size:,} ids, as "
+                              f"{made.teacher_directory} predicted them"))
     teacher = LiveTeacher(distillation)
     task = replace(supervised, objective=Distillation(distillation, teacher, depths, scale),
-                   open_data=partial(_open_live, supervised, teacher))
+                   open_data=partial(_open_live, supervised, teacher),
+                   notes=(*supervised.notes, _teacher_note(settings)))
     return replace(task, before_loading=partial(_with_teacher, task, teacher))
+
+
+def _teacher_note(settings: Settings) -> str:
+    """Return how large a live teacher is, which is not in the table of memory."""
+    model = TeacherFiles.find(settings.fine_tuning.distillation.teacher).model
+    size = model.num_parameters() * (2 if settings.run.bf16 else 4) / settings.layout.world_size
+    states = model.hidden_size * settings.data.seq_length * settings.batch.global_batch_size / settings.layout.dp
+    return (f"teacher: {model.describe_parameters()}; about {with_unit(size)} of weights on a rank, beside the table "
+            f"above, and {with_unit(states * (2 if settings.run.bf16 else 4))} of final states where the head is")
 
 
 def _with_teacher(task: Prepared, teacher: LiveTeacher, trainer: Trainer, origin: str | None) -> Prepared:

@@ -13,7 +13,9 @@ from cases import SEQ_LENGTH, Case
 from job import batch, make_batch, own_rows, spec_of
 
 from megatron_deepseek.parallel.expert import AllToAllDispatcher
+from megatron_deepseek.parallel.expert_grouped import GroupedDispatcher
 from megatron_deepseek.parallel.mesh import Meshes, build_meshes
+from megatron_deepseek.parallel.nodes import places_per_node
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
 from megatron_deepseek.parallel.schedule_rules import stages_of_rank
 from megatron_deepseek.planning.held_parameters import held_parameters
@@ -47,13 +49,29 @@ def purpose(call: Collective) -> str:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Bytes that one rank sent in a step, by purpose. `tokens_once`: what its tokens need at the least, on all ranks: a
-    row for each other rank that has an expert of the token, there and back, forwards and backwards.
+class TokenBytes:
+    """What is sent on all ranks for one rank's tokens, there and back, forwards and backwards.
+
+    `whole`: by the dispatchers, a token with all of its weights once to each other node that has an expert of it, and
+    inside a node a copy for each expert that is on another rank. `least`: inside a node a token once for each other
+    rank, and with it to other nodes the weights of the experts there alone. All-to-all takes all ranks for one node.
+    `choices`: the chosen experts, that travel to other nodes beside tokens, as int64 and forwards alone.
     """
 
+    whole: int = 0
+    least: int = 0
+    choices: int = 0
+
+    def __add__(self, other: "TokenBytes") -> "TokenBytes":
+        return TokenBytes(self.whole + other.whole, self.least + other.least, self.choices + other.choices)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sent in a step, by purpose. `tokens`: what its tokens take by formula, on all ranks."""
+
     by_purpose: dict[str, int]
-    tokens_once: int
+    tokens: TokenBytes
     pp_rank: int
 
 
@@ -63,27 +81,39 @@ def sent_in_a_step(case: Case) -> Sent:
     trainer, reached = Trainer(spec_of(case), meshes), []
     own = own_rows(make_batch(*batch(case.model, case.global_batch_size, 0)), meshes)
     trainer.train_step(own, learning_rate=1e-3, bias_rate=1e-3)
-    route = AllToAllDispatcher.route
+    kind = GroupedDispatcher if case.dispatcher == "grouped" else AllToAllDispatcher
+    route = kind.route
 
     def routed(dispatcher, experts_TK):
-        reached.append(_other_ranks(experts_TK, case, meshes))
+        reached.append(token_bytes(experts_TK, case, meshes))
         return route(dispatcher, experts_TK)
 
-    AllToAllDispatcher.route = routed  # of this process, which ends with the job
+    kind.route = routed  # of this process, which ends with the job
     with RecordedCollectives() as record:
         trainer.train_step(own, learning_rate=1e-3, bias_rate=1e-3)
     by_purpose = Counter()
     for call in record.calls:
         by_purpose[purpose(call)] += call.sent
-    return Sent(dict(by_purpose), 4 * sum(reached) * case.model.hidden_size * E, meshes.rank("pp"))
+    return Sent(dict(by_purpose), sum(reached, TokenBytes()), meshes.rank("pp"))
 
 
-def _other_ranks(experts_TK: torch.Tensor, case: Case, meshes: Meshes) -> int:
-    """Return how many (token, other rank) pairs have an expert of the token there."""
-    of_rank = experts_TK.div(case.model.n_routed_experts // case.ep, rounding_mode="floor")
-    needs_TR = torch.stack([(of_rank == rank).any(1) for rank in range(case.ep)], 1)
-    needs_TR[:, meshes.rank("ep")] = False
-    return int(needs_TR.sum())
+def token_bytes(experts_TK: torch.Tensor, case: Case, meshes: Meshes) -> TokenBytes:
+    """Return what the tokens of a rank that chose `experts_TK` take."""
+    places = places_per_node(case.layout, case.node) if case.dispatcher == "grouped" else case.ep
+    own_node, own_place = divmod(meshes.rank("ep"), places)
+    of_rank_TK = experts_TK // (case.model.n_routed_experts // case.ep)
+    elsewhere_TK, other_place_TK = of_rank_TK // places != own_node, of_rank_TK % places != own_place
+    nodes = _different(of_rank_TK // places, elsewhere_TK)
+    row, weight = 4 * case.model.hidden_size * E, 2 * E
+    choices = experts_TK.shape[1]
+    return TokenBytes(row * (nodes + int(other_place_TK.sum())) + weight * choices * nodes,
+                      row * (nodes + _different(of_rank_TK, other_place_TK)) + weight * int(elsewhere_TK.sum()),
+                      INDEX * choices * nodes)
+
+
+def _different(numbers_TK: torch.Tensor, counted_TK: torch.Tensor) -> int:
+    """Return how many different ones of the counted numbers the tokens have, summed over tokens."""
+    return sum(len(numbers_K[counted_K].unique()) for numbers_K, counted_K in zip(numbers_TK, counted_TK))
 
 
 def least_of_weights(case: Case, pp_rank: int) -> float:
@@ -145,7 +175,7 @@ def of_all_ranks(case: Case, sent: list[Sent]) -> dict[str, tuple[int, float | N
     for each in sent:
         counted.update(each.by_purpose)
         needed.update(least(case, each.pp_rank))
-        needed[TOKENS] += each.tokens_once
+        needed[TOKENS] += each.tokens.least
         needed[REPLICATED] += replicated_bytes(case)[1]
     return {name: (number, needed.get(name) or None) for name, number in counted.items() if number}
 

@@ -32,10 +32,10 @@ from megatron_deepseek.training.scoring import Scores
 from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 
 LENGTH = 16
-VOCABULARY = 34  # two more ids than the student's: padding
+IDS, OF_TEACHER, OF_STUDENT = 32, 34, 36  # ids of texts, and rows of both embeddings: padding behind them
 
 TEACHER = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=12, intermediate_size=20, num_hidden_layers=8, num_attention_heads=2,
+    vocab_size=OF_TEACHER, hidden_size=12, intermediate_size=20, num_hidden_layers=8, num_attention_heads=2,
     kv_lora_rank=6, q_lora_rank=None, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4, moe_intermediate_size=8,
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, scoring_func="sigmoid",
     topk_method="noaux_tc", n_group=2, topk_group=1, norm_topk_prob=True, max_position_embeddings=LENGTH,
@@ -48,6 +48,10 @@ class DistillationCase(Case):
 
     kd_loss: str = "forward-kl"
     teacher_ep: int = 1
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(super().model, vocab_size=OF_STUDENT)
 
     def settings(self, teacher: Path) -> DistillationSettings:
         return DistillationSettings(teacher, self.kd_loss, 1.3, 0.3, 0.6, True, self.teacher_ep)
@@ -75,7 +79,8 @@ def _train(case: DistillationCase, spec: TrainingSpec, layout: Layout, settings:
     open_adapters(trainer)
 
     def inputs(step: int) -> Batch:
-        rows = make_batch(*batch(case.model, case.global_batch_size, step, LENGTH), **_documents(case, step))
+        of_texts = replace(case.model, vocab_size=IDS)
+        rows = make_batch(*batch(of_texts, case.global_batch_size, step, LENGTH), **_documents(case, step))
         return teacher.complete(trainer, own_rows(rows, meshes))
 
     for step in range(num_steps):

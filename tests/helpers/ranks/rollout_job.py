@@ -1,8 +1,11 @@
 """Rollouts on the ranks of a training job, between two of its steps."""
 
+import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from cases import Case
 from job import FLOAT64, batch, make_batch, named, open_adapters, own_rows, spec_of, whole
 from kept_memory import Watch
@@ -26,7 +29,8 @@ class Seen:
     """What a rank saw: the samples of each rollout, what training says of their tokens, and the engine's layout.
 
     `weights`: this rank's parts of the engine's weights by name, with their places; `trained`: training's whole ones.
-    `kept`: bytes that the engine holds after a rollout, and after it has let go of its memory.
+    `kept`: bytes that the engine holds after a rollout, and after it has let go of its memory. `written`: files that
+    were opened to be written meanwhile.
     """
 
     rollouts: list[list[list[Sample]]]
@@ -35,6 +39,19 @@ class Seen:
     weights: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
     trained: dict[str, torch.Tensor]
     kept: tuple[int, int]
+    written: list[str]
+
+
+def note_writes() -> list[str]:
+    """The names of files that this process opens to write, from now on as long as it lives."""
+    written: list[str] = []
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "open" and (args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            written.append(str(args[0]))
+
+    sys.addaudithook(hook)
+    return written
 
 
 def trainer_of(case: Case, precision: Precision = FLOAT64) -> Trainer:
@@ -54,6 +71,7 @@ def rollouts(case: Case, settings: RolloutSettings, precision: Precision = FLOAT
     step(trainer, case, 0)
     engine = RolloutEngine(trainer, settings, None, ENDS, LENGTH)
     seeds = [seed_of(1, 0, number) for number in range(len(PROMPTS))]
+    written = note_writes()
     with Watch() as watch:
         _ = [each.local.detach() for parts in parts_of(trainer.stages).values() for each in parts]
         trained = watch.kept_bytes()  # what is there anyway, and of which the engine makes views too
@@ -70,7 +88,7 @@ def rollouts(case: Case, settings: RolloutSettings, precision: Precision = FLOAT
     made.append(engine.generate(PROMPTS, seeds, settings, 1.0))
     trained = {name: whole(tensor) for how in ("named_parameters", "named_buffers")
                for (_, name), tensor in named(trainer, how)}
-    return Seen(made, [*scores, score(trainer, made[-1])], engine.layout, moved(engine), trained, kept)
+    return Seen(made, [*scores, score(trainer, made[-1])], engine.layout, moved(engine), trained, kept, written)
 
 
 def score(trainer: Trainer, groups: list[list[Sample]]) -> list[list[list[float]]]:
@@ -88,3 +106,19 @@ def moved(engine: RolloutEngine) -> dict[str, list[tuple[tuple[int, ...], torch.
     parts = parts_of([stage])
     weights.resharding.move(parts_of(weights.trainer.stages), parts)
     return {name: [(each.region.place, each.local.clone()) for each in of_name] for name, of_name in parts.items()}
+
+
+def largest_difference(seen: Seen) -> float:
+    """Between what the engine and training say of any token."""
+    return max(abs(ours - theirs) for groups, scores in zip(seen.rollouts, seen.scores, strict=True)
+               for group, expected in zip(groups, scores, strict=True)
+               for sample, values in zip(group, expected, strict=True)
+               for ours, theirs in zip(sample.log_probabilities, values, strict=True))
+
+
+if __name__ == "__main__":  # of two ranks that torchrun starts
+    dist.init_process_group("gloo")
+    found = largest_difference(rollouts(Case(pp=2, schedule="1F1B", microbatches=2),
+                                        RolloutSettings(group_size=2, max_tokens=4, tp=2)))
+    assert found < 1e-9, found
+    print(f"log-probabilities differ by at most {found:.1e}", flush=True)

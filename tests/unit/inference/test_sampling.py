@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_deepseek.inference.request import Request, Sequence
+from megatron_deepseek.inference.request import Numbers, Request, Sequence
 from megatron_deepseek.inference.sampling import adjusted, candidates, draw, next_token
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 
@@ -23,7 +23,7 @@ SIZE = 50
 
 def sequence(prompt=(1, 2), answer=(), seed=0, ends=(), **parameters) -> Sequence:
     request = Request("a", 1, tuple(prompt), SamplingParameters(**parameters), frozenset(ends), None, seed)
-    made = Sequence(request, 0, list(prompt), torch.Generator().manual_seed(seed), None)
+    made = Sequence(request, 0, list(prompt), Numbers(seed), None)
     for token in answer:
         made.append(token)
     return made
@@ -89,6 +89,22 @@ def test_draws_follow_the_probabilities(options):
     assert ((counts - expected).square() / expected)[expected > 0].sum() < 29.9
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 400, "top_p": 0.9}, {"min_p": 0.01}, {}])
+def test_rows_together_have_the_candidates_of_each_alone(options):
+    """Of a peaked row the first few tokens are enough, of a flat one all are sorted."""
+    parameters = SamplingParameters(**options)
+    rows = torch.stack([random_logits(1000) * 3, random_logits(1000, seed=1) * 0.1, random_logits(1000, seed=2) * 3])
+    numbers = torch.rand(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    weights, ids = candidates(rows, parameters)
+    drawn = draw(weights, ids, numbers)
+    for row, logits in enumerate(rows):
+        own = weights[row].new_zeros(1000)
+        own[torch.arange(1000) if ids is None else ids[row, :1000]] += weights[row]
+        expected = probabilities(logits, parameters)
+        torch.testing.assert_close(own / own.sum(), expected, rtol=1e-6, atol=0)
+        assert drawn[row].equal(draw(*candidates(logits, parameters), numbers[row]))
+
+
 def test_a_draw_of_a_token_without_weight_is_impossible():
     weights, numbers = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]), torch.tensor([0.0, 0.49999, 0.5, 1.0]).double()
     assert draw(weights, None, numbers).tolist() == [1, 1, 3, 3]
@@ -98,7 +114,7 @@ def test_a_draw_of_a_token_without_weight_is_impossible():
 def test_a_seed_gives_the_same_draws_and_another_one_others():
     def draws(seed):
         made = sequence(seed=seed)
-        return [next_token(random_logits(seed=step), made) for step in range(40)]
+        return [next_token(random_logits(seed=step), made).token for step in range(40)]
 
     assert draws(1) == draws(1) != draws(2)
 
@@ -106,8 +122,8 @@ def test_a_seed_gives_the_same_draws_and_another_one_others():
 def test_greedy_takes_the_likeliest_after_penalties():
     logits = random_logits()
     best, second = logits.topk(2).indices.tolist()
-    assert next_token(logits, sequence(temperature=0)) == best
-    assert next_token(logits, sequence(temperature=0, logit_bias={best: -math.inf})) == second
+    assert next_token(logits, sequence(temperature=0)).token == best
+    assert next_token(logits, sequence(temperature=0, logit_bias={best: -math.inf})).token == second
 
 
 def test_one_parameter_alone_is_replaced():

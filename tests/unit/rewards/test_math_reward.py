@@ -16,7 +16,15 @@ PAIRS = [
     (r"$\frac{1}{2}$", r"\boxed{0.5}", 1), (r"10\%", "$0.1$", 1), ("1<x<2", "$(1,2)$", 1), ("1<x<2", "1", 0),
     ("(1,2)", "$1<x<2$", 0), ("x^2+1", "$1+x^2$", 1), (r"\{1,2\}", r"\boxed{\{2, 1\}}", 1), ("1,000", "1000", 1),
     ("A", r"\boxed{A}", 1), ("A", r"\boxed{B}", 0), ("48/2 = 24 in May.\n#### 72", r"\boxed{72}", 1),
-    (r"So it is \boxed{3}", "3", 1), ("Paris", "Paris", None), ("", "1", None), (5, "5", 1)]
+    ("So it is 1 or 2.\n#### \\frac12", r"\boxed{0.5}", 1),
+    (r"So it is \boxed{3}", "3", 1), ("Paris", "Paris", None), ("", "1", None), (5, "5", 1),
+    (r"\$18.90", r"$\boxed{\$18.90}$", 1), ("$18", r"\boxed{18}", 1), ("(C)", r"\boxed{C}", 1),
+    (r"\text{Friday}", r"\boxed{\text{Friday}}", 1), (r"5 \text{ cm}", "5", 1), (r"3\frac{1}{2}", r"\boxed{3.5}", 1),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"$\boxed{\begin{pmatrix}1\\2\end{pmatrix}}$", 1),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"$\boxed{\begin{pmatrix}2\\1\end{pmatrix}}$", 0),
+    ("y = 2x + 1", r"\boxed{2x+1}", 1), ("(3,4)", r"\boxed{(4,3)}", 0),
+    (r"\left( 3, \frac{\pi}{2} \right)", "$(3,\\pi/2)$", 1),
+    (r"120^\circ", r"\boxed{120}", 1), ("10", r"\boxed{10}, not 11", 1)]
 
 
 @pytest.mark.parametrize("right, answer, value", PAIRS)

@@ -18,6 +18,7 @@ HERE = Path(__file__)
     ("exact(answer=target):-1e-1", RewardSpec("exact", "exact", None, -0.1, (("answer", "target"),))),
     ("length(longest=100, soft=20)", RewardSpec("length", "length", None, 1, (("longest", 100), ("soft", 20)))),
     (r"regex(pattern=a{1,2},(b=c):d):2", RewardSpec("regex", "regex", None, 2, (("pattern", "a{1,2},(b=c):d"),))),
+    ("regex(pattern=a:b)", RewardSpec("regex", "regex", None, 1, (("pattern", "a:b"),))),
     ("code(unisolated=true,seconds=0.5)",
      RewardSpec("code", "code", None, 1, (("unisolated", True), ("seconds", 0.5)))),
     (f"{HERE}:test_a_spec", RewardSpec("test_a_spec", "test_a_spec", HERE)),
@@ -28,6 +29,12 @@ def test_a_spec(text, spec):
     (found,) = parse_rewards([text])
     assert found == spec and pickle.loads(pickle.dumps(found)) == spec
     assert (found.is_ready, found.is_model) == (spec.path is None, text.startswith("model:"))
+
+
+def test_a_model_whose_directory_ends_like_a_weight(tmp_path):
+    (tmp_path / "reward:2").mkdir()
+    (found, again) = parse_rewards([f"model:{tmp_path}/reward:2", f"model:{tmp_path}:2"])
+    assert (found.path, found.weight, again.path, again.weight) == (tmp_path / "reward:2", 1, tmp_path, 2)
 
 
 def test_equal_names_are_told_apart():

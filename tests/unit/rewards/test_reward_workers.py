@@ -81,13 +81,13 @@ def test_a_function_gets_the_whole_batch_and_its_process_stays():
         assert score(workers).values["counts"] == [205] * 5
 
 
-def test_a_function_that_always_hangs_is_given_up():
-    """Nine time-outs, the batch's and those of eight completions by fours, not those of all."""
-    with RewardWorkers(specs_of("always_hangs"), 0.5, processes=4) as workers:
-        begin = time.monotonic()
-        found = score(workers, ["x"] * 200)
-        assert found.failures == {"always_hangs": {"timed out": 200}} and found.total == [None] * 200
-        assert time.monotonic() - begin < 50
+def test_a_function_that_always_hangs_is_given_up(tmp_path):
+    """After the batch and eight completions, not after all."""
+    with RewardWorkers(specs_of("always_hangs"), 1.0, processes=4) as workers:
+        found = workers.score(["q"] * 40, ["x"] * 40, [{"calls": str(tmp_path / "calls")}] * 40)
+    assert found.failures == {"always_hangs": {"timed out": 40}} and found.total == [None] * 40
+    calls = (tmp_path / "calls").read_text().split()
+    assert 2 <= len(calls) <= 9 and set(calls) == {"40", "1"}, "a busy machine may be too slow for a call"
 
 
 @pytest.mark.parametrize("text, message", [
