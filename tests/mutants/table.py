@@ -27,6 +27,7 @@ from mutant import of
 from parameters import PARAMETERS
 from policy import POLICY
 from preferred import PREFERRED
+from reinforced import REINFORCED
 from released import RELEASED
 from replayed import REPLAYED
 from rewarded import REWARDED
@@ -527,4 +528,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED)
