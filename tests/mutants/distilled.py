@@ -26,7 +26,7 @@ DISTILLED = of(
     ("LossWeights.labels", " - (first & (self.counts > 0))", ""),
     ("CachedSampler._of_row", "torch.nonzero(weights_S).squeeze(-1)", "torch.arange(int((weights_S != 0).sum()))"),
     ("CachedDataset.keep", "np.maximum(log_rest, _LOWEST)", "log_rest"),
-    ("CachedDataset._mapped", "whole = size == found.offset + found.nbytes and", "whole ="),
+    ("CachedDataset._mapped", "size == found.offset + found.nbytes and", ""),
     ("same_tokens.refuse_other_vocabulary", "elif teacher_size != student_size:", "elif False:"),
     ("same_tokens.first_difference", "if there.get(number) != here.get(number))", "if number not in here)"),
 ) + of(
