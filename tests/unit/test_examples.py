@@ -67,7 +67,7 @@ def run_script(name: str, *arguments: str, **environ: str):
     return settings_of(words_of(bash(str(EXAMPLES / name), *arguments, **{**DATA, "PYTHON": "echo", **environ})))
 
 
-TRAINING = ("pretrain", "continue", "finetune", "dpo", "distill", "grpo")  # not serve_vllm_*.sh: test_serving_examples.py
+TRAINING = ("pretrain", "continue", "finetune", "dpo", "distill", "grpo")  # serve_*: test_serving_examples.py
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*_*.sh") if path.name.startswith(TRAINING))
 
 

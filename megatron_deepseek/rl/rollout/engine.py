@@ -107,7 +107,8 @@ def sampling_of(rollout: RolloutSettings, temperature: float) -> SamplingParamet
     """Return what the engine is asked for, without a seed. Raise ValueError for a number out of its bounds."""
     return SamplingParameters(max_tokens=rollout.max_tokens, temperature=temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k, min_p=rollout.min_p, stop=rollout.stop, n=rollout.group_size,
-                              logprobs=0, chosen_experts=rollout.keep_routing)
+                              drawn_logprobs=True, kept_ids=rollout.keep_sampling_mask,
+                              chosen_experts=rollout.keep_routing)
 
 
 def seed_of(seed: int, rollout: int, number: int) -> int:
@@ -117,7 +118,7 @@ def seed_of(seed: int, rollout: int, number: int) -> int:
 
 
 def _sample(group: int, output: Output) -> Sample:
-    experts = None if output.chosen_experts is None else {
-        layer: experts_TK.to("cpu", torch.int16) for layer, experts_TK in output.chosen_experts.items()}
+    every = torch.empty(0, dtype=torch.int32)  # what stands for all ids
+    kept_ids = None if output.kept_ids is None else tuple(every if ids is None else ids for ids in output.kept_ids)
     return Sample(group, output.prompt, tuple(output.tokens), output.text or "", output.finish_reason,
-                  tuple(output.log_probabilities), experts)
+                  tuple(output.drawn_log_probabilities), output.chosen_experts, kept_ids)

@@ -106,6 +106,7 @@ def test_a_run_begins_from_weights_alone():
 def test_rules_of_pretraining_hold_too_and_name_this_entry():
     assert "train_grpo.py" in message("--tensor-model-parallel-size 2")
     assert "--data-path is no option" in message("--data-path corpus")
+    assert "--dry-run-memory is no option" in message("--dry-run-memory")  # which knows nothing of rollouts
     assert settings("--micro-batch-size 3", 2).batch.micro_batch_size == 3  # rows are not samples
 
 
