@@ -1,4 +1,4 @@
-"""Which experts the tokens in the cache went to, for requests that ask for them.
+"""The experts of the tokens in the cache, for requests that ask for them.
 
 They are kept by the slots of the cache, as latents are, in the host's memory. So tokens of shared blocks have theirs,
 tokens that are computed again after a preemption or in place of a wrong draft get new ones, and nothing is copied for a

@@ -66,4 +66,8 @@ POLICY = of(
     ("VocabularyLogits._logits_of", "sum_alike(own_TK, self.tp.group)", "own_TK"),
     ("SequenceSums.of_documents", "self._own_places(x_BD.device)", "self._own_places(x_BD.device) * 0"),
     ("GroupRelative.counts", "(rows.per_document(weights_BS) > 0).sum()", "rows.per_document(weights_BS).numel()"),
+) + of(
+    ("tests/unit/training/test_trainer.py",),
+    ("division.divide", "batch.real_BS.any(1).sum()", "batch.num_rows"),
+    ("_filled_sequences", "(tokens_B > 0).sum()", "len(tokens_B)"),
 )

@@ -94,6 +94,11 @@ def test_the_likeliest_token_has_its_probability_at_temperature_one(model):
     assert output.kept_ids == [None] * 8
 
 
+def test_a_cut_that_leaves_all_ids_names_none(model):
+    (output,), = engine(model).generate([PROMPT], replace(WISHES, max_tokens=2, top_k=V3_MTP.vocab_size))
+    assert output.kept_ids == [None, None]
+
+
 def test_what_is_not_asked_for_is_not_there(model):
     (output,), = engine(model).generate([PROMPT], SamplingParameters(max_tokens=3, top_k=3))
     assert output.drawn_log_probabilities is output.kept_ids is output.chosen_experts is None
