@@ -135,6 +135,7 @@ FEATURES = (
     Feature("bf16", "--bf16", lambda s: s.run.bf16),
     Feature("fp8", "--fp8-format e4m3 --fp8-recipe blockwise", lambda s: s.run.fp8_format is not None),
     Feature("fp8 weights gathered", "--fp8-format e4m3 --fp8-param-gather", lambda s: s.run.fp8_param_gather),
+    Feature("compiled layers", "--compile", lambda s: s.run.compile),
     Feature("bf16 moments", "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             lambda s: "bf16" in (s.optimizer.exp_avg_dtype, s.optimizer.exp_avg_sq_dtype)),
     Feature("frozen parameters", "--freeze-parameters model.embed_tokens.weight",

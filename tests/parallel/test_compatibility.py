@@ -5,6 +5,8 @@ from itertools import combinations
 import pytest
 from cases import WIDE_CASES
 from command_lines import features_of, settings_of
+from test_compiled_layers import CASES as COMPILED_CASES
+from test_compiled_layers import OVER_BFLOAT16
 from test_fp8_layouts import BF16_TOO, FP8_CASES
 from test_layouts import CASES
 from test_precision import BFLOAT16_CASES
@@ -17,7 +19,9 @@ from megatron_deepseek.planning.pipeline_balance import resolve
 # Every list of cases that some test compares with one process, with the arguments that the test adds to the case's.
 COMPARED = [*((case,) for case in (*CASES, *WIDE_CASES)), *((case, "--bf16") for case in BFLOAT16_CASES),
             *((case, "--fp8-format", "e4m3", "--fp8-param-gather") for case in FP8_CASES),
-            (BF16_TOO, "--bf16", "--fp8-format", "e4m3", "--fp8-param-gather")]
+            (BF16_TOO, "--bf16", "--fp8-format", "e4m3", "--fp8-param-gather"),
+            *((case, "--compile") for case in COMPILED_CASES),
+            (OVER_BFLOAT16, "--compile", "--bf16", "--fp8-format", "e4m3", "--fp8-param-gather")]
 BASE = "--model tiny --data-path corpus --train-iters 1 --seq-length 256 --global-batch-size 32"
 RANKS = 8
 

@@ -161,6 +161,7 @@ class Case:
     cut: int = 0
     first: int = 0
     replay: bool = False
+    compiler: str | None = None  # the backend of torch.compile that layers are compiled with
 
     def __str__(self) -> str:
         """The options that differ from one plain process, as arguments for exhaustive.py."""

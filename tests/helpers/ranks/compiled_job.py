@@ -1,10 +1,11 @@
-"""What a rank does where layers are compiled: the training of job.py, and how many graphs there are after each step."""
+"""What a rank does where layers are compiled: the training of a job, and how many graphs there are after each step."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from cases import Case
-from job import FLOAT64, Record, spec_of, train
+from job import Record
 
+from megatron_deepseek.model import compiled
 from megatron_deepseek.torch_private import compiled_so_far
 from megatron_deepseek.training.trainer import Trainer
 
@@ -18,7 +19,8 @@ class Compiled:
     counts: list[dict[str, list[int]]]
 
 
-def run_compiled(case: Case, backend: str, num_steps: int) -> Compiled:
+def run_counted(run: Callable[..., Record], *arguments) -> Compiled:
+    """Return what `run` of `arguments` does, one of the jobs that train, with all graphs that a GPU would have."""
     seen = Compiled(Record(), [], [])
     plain = Trainer.train_step
 
@@ -28,9 +30,7 @@ def run_compiled(case: Case, backend: str, num_steps: int) -> Compiled:
         seen.counts.append({name: counts.tolist() for name, counts in result.expert_counts.items()})
         return result
 
-    Trainer.train_step = counted
-    spec = spec_of(case, FLOAT64)
-    sizes = case.first_batch_size, case.global_batch_size
-    seen.record = train(replace(spec, build=replace(spec.build, compiler=backend)), case.layout, sizes, num_steps,
-                        case.packed, case.padded, case.objective)
+    Trainer.train_step = counted  # of this process, which ends with the job, and so for what follows
+    compiled.SLOWER_ON_CPU = frozenset()
+    seen.record = run(*arguments)
     return seen

@@ -122,7 +122,7 @@ def sources(size: int) -> torch.Tensor:
 def spec_of(case: Case, precision: Precision = FLOAT64, seq_length: int = SEQ_LENGTH) -> TrainingSpec:
     build = BuildOptions(precision=precision, loss=case.loss, recompute=case.recomputation,
                          communication=case.communication, offload=case.offload, reshard_after_forward=case.reshard,
-                         frozen=case.frozen_names, lora=case.adapters)
+                         frozen=case.frozen_names, lora=case.adapters, compiler=case.compiler)
     return TrainingSpec(case.model, case.stages, case.schedule, seq_length, case.micro_batch_size, build,
                 optimizer_of(case.moments))
 
