@@ -33,6 +33,9 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
     size = str(wanted.world_size)
     node = str(min(wanted.world_size, _GPUS_OF_A_NODE))
     settings = parse_or_exit(completed(argv, data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
+    preference = settings.fine_tuning.preference if settings.fine_tuning is not None else None
+    if preference is not None:
+        raise ValueError(f"--objective {preference.objective} has no dry run, which makes a step of --objective sft")
     from megatron_deepseek.dry_run.report import as_json, lines
     from megatron_deepseek.dry_run.trace import trace
 

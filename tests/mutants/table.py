@@ -16,6 +16,7 @@ from chats import CHATS
 from compiled import COMPILED
 from converted import CONVERTED
 from distilled import DISTILLED
+from dry_runs import DRY_RUNS
 from evaluated import EVALUATED
 from finetuned import FINE_TUNED
 from frozen import FROZEN
@@ -528,4 +529,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS)

@@ -34,6 +34,12 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
     assert message in said and said.count("\n") == 1 and said.startswith("pretrain_deepseek.py: error: ")
 
 
+def test_preferences_have_no_dry_run(capsys):
+    said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} --objective reward --load base",
+                    build_finetuning_parser, status=2)
+    assert "--objective reward has no dry run" in said and said.count("\n") == 1
+
+
 def test_other_command_lines_are_left_alone():
     assert asked(["--model", "tiny", "--dry-run"]) is None  # fine-tuning's, which shows data
     assert dry_run(["--model", "tiny"], build_parser) is None

@@ -19,6 +19,9 @@ RUNS = {
     "DualPipeV, modules recomputed": (64, 56, "--num-layers 32 --pipeline-model-parallel-size 8 --pipeline-schedule "
                                               "DualPipeV --expert-model-parallel-size 8 --global-batch-size 128 "
                                               "--recompute-granularity selective"),
+    "V3 itself, layers recomputed": (2048, 1920, "--fp8-format e4m3 --pipeline-model-parallel-size 16 "
+                                                 "--pipeline-schedule DualPipeV --expert-model-parallel-size 64 "
+                                                 "--global-batch-size 15360 --recompute-granularity full"),
     "context ring": (32, 0, "--num-layers 4 --pipeline-model-parallel-size 2 --context-parallel-size 2 "
                             "--expert-model-parallel-size 8 --global-batch-size 32"),
 }

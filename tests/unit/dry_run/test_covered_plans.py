@@ -1,0 +1,51 @@
+"""Plans against dry runs over cases of the covering array, with layers as wide as V3's and all weights trained: within
+3 % where they stand in AGREEING. docs/dry_run.md says of which others a plan is coarser, and why.
+"""
+
+from dataclasses import replace
+
+import pytest
+from cases import WIDE_CASES, covering_cases
+from command_lines import settings_of as settings_of_case
+
+from megatron_deepseek.arguments.dry_run import DryRun
+from megatron_deepseek.dry_run.rank import dry_rank
+from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.memory import all_ranks, worst
+from megatron_deepseek.settings import Settings
+
+LENGTH, CHUNK = 4096, 1536
+QUICK = (0,)  # in `make test`
+AGREEING = (3, 6, 18, 39)
+CASES = (*covering_cases(), *WIDE_CASES)
+
+
+def wide(model: ModelConfig) -> ModelConfig:
+    """Return a model of as many layers of the same kinds, of V3's widths."""
+    widths = dict(vocab_size=32768, hidden_size=7168, intermediate_size=18432)
+    if model.grouped_query:
+        widths |= dict(head_dim=128, num_attention_heads=64,
+                       num_key_value_heads=8 if model.num_key_value_heads > 1 else 1)
+    else:
+        widths |= dict(num_attention_heads=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+                       v_head_dim=128, q_lora_rank=1536 if model.q_lora_rank else None)
+    if model.n_routed_experts:
+        widths |= dict(moe_intermediate_size=2048, n_routed_experts=32, num_experts_per_tok=4)
+    return replace(model, **widths, **(dict(sliding_window=1024) if model.sliding_window else {}))
+
+
+def settings_of(number: int) -> Settings:
+    """Return the settings of a case in bfloat16, without adapters and frozen weights."""
+    settings = settings_of_case(replace(CASES[number], lora="none", frozen=0, trained=""), "--bf16")
+    loss = replace(settings.loss, loss_chunk_size=CHUNK if settings.loss.loss_chunk_size else None)
+    return replace(settings, model=wide(settings.model), data=replace(settings.data, seq_length=LENGTH), loss=loss)
+
+
+@pytest.mark.parametrize("number", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in AGREEING)])
+def test_the_fullest_rank_takes_what_is_planned(number):
+    settings = settings_of(number)
+    layout = settings.layout
+    rank = worst(all_ranks(Job(settings))).pp_rank * layout.world_size // layout.pp
+    found = dry_rank(DryRun(True, False, layout.world_size), settings, rank)
+    assert found.planned.peak_bytes == pytest.approx(found.timeline.peak.bytes, rel=0.03)
