@@ -40,7 +40,7 @@ def parse_right(expected: str) -> list[Any]:
 
     Bare LaTeX is put between dollars: without them 1<x<2 would be read as 1, and 10\\% as 10.
     """
-    text = expected.rpartition("####")[2].replace("\\$", "").strip()  # an escaped dollar is a currency's
+    text = expected.rpartition("####")[2].strip()
     formula = f"${text}$" if _MATHEMATICAL.search(text) and not _PROSE.search(text) else ""
     first, second = (text, formula) if _DELIMITED.search(text) else (formula, text)
     return first and _parse(first) or second and _parse(second) or []

@@ -123,7 +123,7 @@ def test_a_cache_of_all_ids_is_the_live_teacher(bench):
         assert [step[name] for step in cached] == pytest.approx([step[name] for step in live], rel=1e-4)
     assert bench.cache(1, "some-ids", *warm, "--top-k", "8").status == 0
     few = bench.train(1, "few", "--teacher", str(bench.directory / "some-ids"), *more)
-    assert 0.2 * live[0]["kd_loss"] < few[0]["kd_loss"] < live[0]["kd_loss"]
+    assert 0 < few[0]["kd_loss"] < live[0]["kd_loss"]
 
 
 def test_stated_bytes_and_a_second_start(bench):

@@ -36,7 +36,6 @@ REWARDED = of(
     ("parse_right", "if _DELIMITED.search(text) else (formula, text)", "if True else (formula, text)"),
     ("parse_right", "or second and _parse(second)", ""),
     ("parse_right", 'expected.rpartition("####")[2]', "expected"),
-    ("parse_right", '.replace("\\\\$", "")', ""),
 ) + of(
     SPECS,
     ("parse_rewards", 'f"{spec.name}_{alike + 1}"', "spec.name"),

@@ -43,8 +43,8 @@ def test_rewards_and_what_is_kept(totals, keep, reasons):
 
 def test_the_first_of_equal_answers_counts():
     """Whatever became of it: the second of two with one reward has the same."""
-    candidates = [answer("a"), answer("a", "because"), answer("a"), answer("b")]
-    assert verdicts("q", candidates, [1, 1, 1, 1], Filters(accept_at=1.0)) == [None, None, DUPLICATE, None]
+    candidates = [answer("a"), answer("a", "because"), answer("a"), answer("b"), answer("a", "because")]
+    assert verdicts("q", candidates, [1] * 5, Filters(accept_at=1.0)) == [None, None, DUPLICATE, None, DUPLICATE]
 
 
 def test_without_rewards_nothing_is_too_low():

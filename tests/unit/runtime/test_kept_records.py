@@ -23,9 +23,11 @@ def test_what_was_kept_is_found_again(path):
     assert [number in kept for number in (1, 2, 3)] == [True, False, True] and len(kept) == 2
     assert kept[1] == {"number": 1, "digest": "a", "value": 1, "text": "ä\n\ud7ff"}
     kept.keep(2, {"value": 22})
-    assert kept[2]["value"] == 22 and kept[3]["value"] == 3
+    kept.keep(1, {"value": 11})
+    assert [kept[number]["value"] for number in (1, 2, 3)] == [11, 22, 3]
     kept.close()
-    assert opened(path, {2: "b"})[2]["value"] == 22
+    again = opened(path, {1: "a", 2: "b"})
+    assert (again[1]["value"], again[2]["value"]) == (11, 22)
 
 
 def test_results_of_something_else_are_passed_over(path):
