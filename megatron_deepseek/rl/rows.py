@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.finetuning.packing import pack
@@ -159,9 +160,9 @@ def _kept_ids(batch: Batch, places: Sequence[Place], samples: Sequence[Sample]) 
     most = max((len(ids) for place in places for ids in samples[place.sample].kept_ids or ()), default=0)
     found_BSM = torch.full((*batch.tokens_BS.shape, max(1, most)), -1, dtype=torch.int32)
     for place in places:
-        positions = range(place.labels.start, place.labels.stop)
-        for position, ids in zip(positions, samples[place.sample].kept_ids or ()):
-            found_BSM[place.row, position, :len(ids)] = ids
+        if kept := samples[place.sample].kept_ids:
+            ids_TM = pad_sequence([*kept], batch_first=True, padding_value=-1)
+            found_BSM[place.row, place.labels, :ids_TM.shape[1]] = ids_TM
     return found_BSM
 
 

@@ -38,6 +38,8 @@ POLICY = of(
     ("losses.grpo_loss", "(weights_NT.sum(-1) > 0).sum()", "len(weights_NT)"),
 ) + of(
     OBJECTIVE,
+    ("SequenceSums.of_documents", "self._own_places(x_BD.device)", "self._own_places(x_BD.device) * 0"),
+    ("GroupRelative.counts", "(rows.per_document(weights_BS) > 0).sum()", "rows.per_document(weights_BS).numel()"),
     ("GroupRelative.tokens", "given.get(OLD, found_BS.detach())", "found_BS.detach()"),
     ("GroupRelative.tokens", "temperature=self.settings.temperature,", ""),
     ("GroupRelative.tokens", "kept_BSM=rows.inputs.get(KEPT_IDS)", "kept_BSM=None"),
@@ -64,8 +66,6 @@ POLICY = of(
 ) + of(
     LAYOUTS,
     ("VocabularyLogits._logits_of", "sum_alike(own_TK, self.tp.group)", "own_TK"),
-    ("SequenceSums.of_documents", "self._own_places(x_BD.device)", "self._own_places(x_BD.device) * 0"),
-    ("GroupRelative.counts", "(rows.per_document(weights_BS) > 0).sum()", "rows.per_document(weights_BS).numel()"),
 ) + of(
     ("tests/unit/training/test_trainer.py",),
     ("division.divide", "batch.real_BS.any(1).sum()", "batch.num_rows"),
