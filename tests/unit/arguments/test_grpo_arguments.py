@@ -75,6 +75,11 @@ def test_what_is_at_the_border_is_taken():
     settings("--load x --kl unbiased --reference-refresh-interval 8 --global-batch-size 64 --grpo-iterations 2")
 
 
+def test_each_pass_over_a_rollout_has_updates():
+    twice = "--load x --kl k3 --global-batch-size 64 --grpo-iterations 2"
+    assert "is not a multiple of the 8 updates" in message(f"{twice} --reference-refresh-interval 4")
+
+
 def test_defaults_are_those_of_the_settings():
     made = settings()
     assert made.policy_loss == PolicyLossSettings()
