@@ -15,7 +15,7 @@ class Sample:
     `group`: the number of its prompt in the rollout. `tokens`: the completion's ids, with the one that ended it; `text`
     is what they say without that one. `finish_reason`: "stop", or "length" for one that was cut off.
     `log_probabilities`: of each token of the completion, float64 list, under the distribution that it was drawn from:
-    the softmax of logits divided by the temperature, among the kept tokens where a sampling mask is kept.
+    the softmax of logits divided by the temperature, among the tokens that top_k, top_p and min_p left.
     `experts`: by layer ("model.layers.3.mlp") the experts of every token that went through the model, the prompt's and
     the completion's but the last one: integers [tokens, K]; None where routing is not kept. `kept_ids`: of each token
     of the completion the ids that it was drawn among, int32; None where the sampling mask is not kept.

@@ -5,6 +5,7 @@ from mutant import of
 STEP = ("tests/unit/model/test_replay.py",)
 SAMPLING = ("tests/unit/inference/test_sampling.py",)
 READINGS = ("tests/unit/inference/test_rollout_readings.py",)
+KEPT = ("tests/unit/rl/test_kept_rollouts.py",)
 LAYOUTS = ("tests/parallel/test_replay_layouts.py",)
 
 REPLAYED = of(
@@ -40,4 +41,9 @@ REPLAYED = of(
     ("_nucleus", "short_R.any()", "short_R.all()"),
     ("_nucleus", "weights_RN.where(before_RN < top_p * total_R1, 0)", "weights_RN.where(before_RN < top_p, 0)"),
     ("sampling.draw", ".minimum(below_R1)", ""),
+) + of(
+    KEPT,
+    ("rollout.engine.sampling_of", "kept_ids=rollout.keep_sampling_mask", "kept_ids=False"),
+    ("rows._replayed", "end - len(of_tokens_TLK):end", "end - 1 - len(of_tokens_TLK):end - 1"),
+    ("rows._replayed", "torch.stack([*experts.values()], 1)", "torch.stack([*experts.values()][::-1], 1)"),
 )
