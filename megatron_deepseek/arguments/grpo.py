@@ -7,6 +7,7 @@ import argparse
 import re
 
 from megatron_deepseek.arguments import values
+from megatron_deepseek.arguments.dry_run import add_dry_run
 from megatron_deepseek.arguments.parser import (
     AFTER_DATA,
     BEFORE_LENGTH,
@@ -57,7 +58,7 @@ def build_grpo_parser() -> argparse.ArgumentParser:
                            "in parentheses.",
                            epilog="examples/ has scripts that start it for each model, on one node and on many.")
     for add in (*BEFORE_LENGTH, _add_length_and_batch, _add_prompts, _add_rollouts, _add_rewards, _add_loss,
-                *BETWEEN_LENGTH_AND_DATA, *AFTER_DATA):
+                *BETWEEN_LENGTH_AND_DATA, *(each for each in AFTER_DATA if each is not add_dry_run)):
         add(parser)
     parser.set_defaults(**_NO_PRETRAINING_DATA, **_DEFAULTS)
     return parser

@@ -37,7 +37,8 @@ class BalanceWeights:
 
 def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weights: BalanceWeights,
                  sequence_group: dist.ProcessGroup | None, routed_BS: torch.Tensor | None = None) -> torch.Tensor:
-    """Return this rank's share of the loss, a scalar: the sum over its B = `num_sequences` sequences.
+    """Return this rank's share of the loss, a scalar: the sum over its B = `num_sequences` sequences. One without a
+    routed token adds nothing, also where sequences are pooled.
 
     The caller divides it by the number of the global batch's sequences. `sequence_group`: the ranks among which a
     sequence's tokens are divided, None if this rank has them all; `routed_BS`: which of this rank's tokens are routed,
@@ -48,11 +49,14 @@ def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weig
     if config.scoring_func == "sigmoid":
         scores_BSE = scores_BSE / scores_BSE.sum(-1, keepdim=True)
     chosen_BSE = _choices(routing, config).unflatten(0, (num_sequences, -1))
-    if routed_BS is None:
+    all_routed = routed_BS is None
+    if all_routed:
         routed_BS = chosen_BSE.new_ones(chosen_BSE.shape[:2])
     else:
         scores_BSE, chosen_BSE = (x.masked_fill(~routed_BS.unsqueeze(-1), 0) for x in (scores_BSE, chosen_BSE))
     if not weights.per_sequence:
+        if not all_routed:
+            num_sequences = _filled_sequences(routed_BS, sequence_group)
         scores_BSE, chosen_BSE, routed_BS = (x.flatten(0, 1).unsqueeze(0) for x in (scores_BSE, chosen_BSE, routed_BS))
     reached_BSG = chosen_BSE.unflatten(-1, (num_groups, -1)).any(-1)
 
@@ -72,6 +76,14 @@ def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weig
     loss = loss + weights.device * (f_device_BG * p_BG).sum()
     loss = loss + weights.communication * (f_communication_BG * p_BG).sum()
     return loss if weights.per_sequence else loss * num_sequences
+
+
+def _filled_sequences(routed_BS: torch.Tensor, sequence_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return how many of the sequences have a routed token, on whichever rank it is."""
+    tokens_B = routed_BS.sum(1)
+    if sequence_group is not None:
+        dist.all_reduce(tokens_B, group=sequence_group)
+    return (tokens_B > 0).sum()
 
 
 @torch.no_grad()

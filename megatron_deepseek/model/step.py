@@ -126,8 +126,8 @@ class StepStatistics:
 class StepContext:
     """What every micro-batch of a step shares.
 
-    `num_sequences` is that of the global batch, by which balance losses are divided. `contribution` computes what a
-    micro-batch's predictions and rows add to the loss; None where only states are asked for.
+    `num_sequences` is that of the global batch without blank rows, by which balance losses are divided. `contribution`
+    computes what a micro-batch's predictions and rows add to the loss; None where only states are asked for.
     """
 
     num_sequences: int

@@ -23,16 +23,14 @@ from megatron_deepseek.training.objective import Objective
 @dataclass(frozen=True, eq=False)
 class Division:
     """A divided batch. `rows` are whole, for an objective to count; `tokens_BS` and `micro_batches` are this context
-    rank's part, for the stages. The boundaries of documents have been found once, for all layers.
+    rank's part, for the stages. The boundaries of documents have been found once, for all layers. `num_sequences`: of
+    the rows that are no padding, so that blank ones, of which some layouts need more, change no loss.
     """
 
     rows: Rows
     tokens_BS: torch.Tensor
     micro_batches: MicroBatches
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.labels_BMS.shape[0]
+    num_sequences: int | torch.Tensor
 
 
 def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_size: int, routes: bool) -> Division:
@@ -56,7 +54,8 @@ def divide(batch: Batch, objective: Objective, cp: ContextParallel, micro_batch_
     keys_BL = batch.per_token.get(TOKEN_KEYS)
     items = [_micro_batch(own, own_routed_BMS, documents, cp, keys_BL, slice(start, start + micro_batch_size))
              for start in starts]
-    return Division(rows, cp.own(batch.tokens_BS), MicroBatches(items))
+    num_sequences = batch.num_rows if batch.real_BS is None else batch.real_BS.any(1).sum()
+    return Division(rows, cp.own(batch.tokens_BS), MicroBatches(items), num_sequences)
 
 
 def _check(batch: Batch, objective: Objective, micro_batch_size: int) -> None:

@@ -234,9 +234,9 @@ class Trainer:
         Context and tensor ranks were given the same rows, so the sum is over data ranks only.
         """
         own = dict(objective.counts(divided.rows))
-        *counts, num_sequences = sum_numbers((*own.values(), divided.num_rows), self.meshes.device,
+        *counts, num_sequences = sum_numbers((*own.values(), divided.num_sequences), self.meshes.device,
                                              self.meshes.group("dp"))
-        return dict(zip(own, counts)), int(num_sequences)
+        return dict(zip(own, counts)), max(1, int(num_sequences))
 
     def _own_sums(self, statistics: StepStatistics, stop_flags: StopFlags) -> dict[str, float | torch.Tensor]:
         """Return what a step adds up over all ranks beside losses, by the names of `_result`."""

@@ -13,7 +13,7 @@ HELPERS = Path(__file__).parents[1] / "helpers" / "commands"
 # As little as has an update behind a save with a rollout that is partly used, and a reference that is not the origin.
 ITERATIONS = 8
 RUN = ("--train-iters", str(ITERATIONS), "--global-batch-size", "8", "--save-interval", "5", "--kl", "k3", "--kl-beta",
-       "0.1", "--reference-refresh-interval", "4", "--dynamic-sampling", "--max-sampling-rounds", "2")
+       "0.1", "--reference-refresh-interval", "4", "--dynamic-sampling", "--max-sampling-rounds", "2", "--keep-routing")
 REWARDS = '''
 import time
 
@@ -130,12 +130,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, alone, death):
     assert bench.weights(save) == bench.weights("alone")
 
 
-def test_ranks_draw_the_same_samples_and_learn_the_same(bench):
-    """Two ranks, of experts and of data: rows are divided among them, and so are the prompts of a rollout."""
-    more = ("--train-iters", "2", "--kl", "unbiased", "--kl-beta", "0.1", "--global-batch-size", "8")
-    expected = bench.train(1, "one", *more)
-    found = bench.train(2, "two", *more, "--expert-model-parallel-size", "2")
-    ours, theirs = bench.samples("two")["step_1.jsonl"], bench.samples("one")["step_1.jsonl"]
+TWO_UPDATES = ("--train-iters", "2", "--kl", "unbiased", "--kl-beta", "0.1", "--global-batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def expected(bench) -> list[dict]:
+    """The records of one process."""
+    return bench.train(1, "one", *TWO_UPDATES)
+
+
+@pytest.mark.parametrize("layout", [
+    "--expert-model-parallel-size 2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--context-parallel-size 2", "--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble --keep-routing"
+    ))])
+def test_ranks_draw_the_same_samples_and_learn_the_same(bench, expected, layout):
+    """Two ranks of a training layout, among which the prompts of a rollout are divided as the engine's layout says."""
+    save = layout.replace(" ", "")
+    found = bench.train(2, save, *TWO_UPDATES, *layout.split())
+    ours, theirs = bench.samples(save)["step_1.jsonl"], bench.samples("one")["step_1.jsonl"]
     assert [(each["completion"], each["reward"], each["group"]) for each in ours] == [
         (each["completion"], each["reward"], each["group"]) for each in theirs]
     for one, two in zip(expected, found):
@@ -144,10 +157,12 @@ def test_ranks_draw_the_same_samples_and_learn_the_same(bench):
 
 
 def test_what_was_drawn_is_kept_for_training(bench):
-    """Routing and sampling mask: the probabilities are those of the rollout; the reference routes by itself."""
-    (record,) = bench.train(1, "kept", "--train-iters", "1", "--keep-routing", "--keep-sampling-mask", "--top-k", "20",
-                            "--temperature", "0.7", "--kl", "k3", "--kl-beta", "0.1", "--eval-prompts",
-                            str(bench.directory / "prompts.jsonl"))[-1:]
+    """Routing and sampling mask: training finds the probabilities of the rollout; the reference routes by itself, and
+    is the same model. Held-out prompts are answered at both ends.
+    """
+    record = bench.train(1, "kept", "--train-iters", "1", "--keep-routing", "--keep-sampling-mask", "--top-k", "20",
+                         "--temperature", "0.7", "--kl", "k3", "--kl-beta", "0.1", "--eval-prompts",
+                         str(bench.directory / "prompts.jsonl"))[-1]
     assert record["eval_answers"] == 6 and 0 <= record["eval_reward_vowels"] <= 2
     step = bench.metrics("kept")[-2]
     assert step["rollout_difference"] < 1e-5 and step["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -169,6 +184,13 @@ def test_groups_without_any_reward_are_left_out(bench):
     (record,) = bench.train(1, "unrewarded", "--train-iters", "1", "--grpo-prompts-per-step", "6", reward="gives_nan")
     assert (record["unrewarded_groups"], record["samples"], record["zero_variance_groups"]) == (1, 20, 5)
     assert {each["prompt"][-14] for each in bench.samples("unrewarded")["step_1.jsonl"]} <= set("013456<")
+
+
+def test_a_rollout_without_any_reward_changes_nothing(bench):
+    """There are two updates with none of its samples, and the run goes on."""
+    found = bench.train(1, "nothing", "--train-iters", "2", "--global-batch-size", "8", "--kl", "k3", reward="throws")
+    assert [(record["grpo_loss"], record["grad_norm"]) for record in found] == [(0.0, 0.0)] * 2
+    assert (found[0]["unrewarded_groups"], found[0]["samples"], found[0]["reward"]) == (4, 0, None)
 
 
 def test_mistakes_end_in_one_line(bench):

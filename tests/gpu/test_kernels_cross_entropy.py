@@ -22,13 +22,13 @@ def test_statistics(device, rows, columns, any_order):
     assert torch.equal(got_label, logits.gather(1, labels.unsqueeze(1)).squeeze(1).float())
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 8), (3, 11), (2, 4096), (4, 24)])
-def test_gradient_in_place(device, rows, columns):
+@pytest.mark.parametrize("rows, columns, first_id", [(1, 8, 0), (3, 11, 0), (2, 4096, 0), (4, 24, 0), (4, 24, 48)])
+def test_gradient_in_place(device, rows, columns, first_id):
     """float32 arithmetic, then one rounding to bfloat16: half of 2^-8."""
     logits, labels = batch(rows, columns, device)
     grad, before = torch.rand(rows, device=device) + 0.5, logits.double()
-    top, total, _ = operator("cross_entropy_statistics")(logits, labels, 0)
-    operator("cross_entropy_gradient_")(logits, labels, 0, top, total, grad)
+    top, total, _ = operator("cross_entropy_statistics")(logits, labels + first_id, first_id)
+    operator("cross_entropy_gradient_")(logits, labels + first_id, first_id, top, total, grad)
     one_hot = torch.nn.functional.one_hot(labels, columns)
     torch.testing.assert_close(logits.double(), (before.softmax(-1) - one_hot) * grad.double().unsqueeze(1),
                                rtol=2**-8, atol=1e-6)

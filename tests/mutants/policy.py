@@ -58,12 +58,16 @@ POLICY = of(
     ("rl.rows._ids_and_weights", "sample.finished or not masks_unfinished", "True"),
 ) + of(
     HEAD,
-    ("VocabularyLogits.log_probabilities_among", "~(there_TM | all_T1)", "~there_TM"),
-    ("VocabularyLogits.log_probabilities_among", ".where(~all_T1.squeeze(-1), self.log_normalizer_T)", ""),
+    ("VocabularyLogits.log_probabilities_among", ".masked_fill(~there_TM, -torch.inf)", ""),
+    ("VocabularyLogits.log_probabilities_among", ".where(there_TM.any(-1), self.log_normalizer_T)", ""),
     ("VocabularyLogits.at_temperature", "self.wide_Tv / temperature", "self.wide_Tv * temperature"),
 ) + of(
     LAYOUTS,
     ("VocabularyLogits._logits_of", "sum_alike(own_TK, self.tp.group)", "own_TK"),
     ("SequenceSums.of_documents", "self._own_places(x_BD.device)", "self._own_places(x_BD.device) * 0"),
     ("GroupRelative.counts", "(rows.per_document(weights_BS) > 0).sum()", "rows.per_document(weights_BS).numel()"),
+) + of(
+    ("tests/unit/training/test_trainer.py",),
+    ("division.divide", "batch.real_BS.any(1).sum()", "batch.num_rows"),
+    ("_filled_sequences", "(tokens_B > 0).sum()", "len(tokens_B)"),
 )

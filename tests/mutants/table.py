@@ -27,6 +27,7 @@ from mutant import of
 from parameters import PARAMETERS
 from policy import POLICY
 from preferred import PREFERRED
+from reinforced import REINFORCED
 from released import RELEASED
 from replayed import REPLAYED
 from rewarded import REWARDED
@@ -293,8 +294,8 @@ STEP_MUTANTS = of(
     ("Trainer.global_counts", 'self.meshes.group("dp"))', 'self.meshes.group("etp"))'),
     ("Trainer.global_counts", 'self.meshes.group("dp"))', "None)"),
     ("Trainer.global_counts", 'self.meshes.group("dp"))', "self.meshes.dense_fsdp.get_group())"),
-    ("Trainer.global_counts", "(*own.values(), divided.num_rows)",
-     "(*own.values(), divided.num_rows // self.spec.micro_batch_size)"),
+    ("Trainer.global_counts", "(*own.values(), divided.num_sequences)",
+     "(*own.values(), divided.num_sequences // self.spec.micro_batch_size)"),
     ("Trainer._reduce", "statistics.reports.get(name, 0.0) if first_tp else 0.0 for name in names]",
      "statistics.reports.get(name, 0.0) for name in names]"),
     ("Trainer._reduce", "values += [statistics.balance_loss, *own",
@@ -527,4 +528,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED)

@@ -48,9 +48,9 @@ def run_policy(case: PolicyCase, num_steps: int = 3) -> Record:
 
 
 def run_alone(case: PolicyCase, num_steps: int = 3) -> Record:
-    """What one process computes, which takes the batch as a whole and recomputes nothing."""
+    """What one process computes, which takes the batch as a whole, without blank rows, and recomputes nothing."""
     build = replace(spec_of(case, FLOAT64, LENGTH).build, loss=case.reference.loss, reshard_after_forward=False)
-    rows = sum(pack_all(case, rank).batch.num_rows for rank in range(case.dp))
+    rows = sum(int(pack_all(case, rank).batch.real_BS.any(1).sum()) for rank in range(case.dp))
     spec = replace(spec_of(case, FLOAT64, LENGTH), stages=stages(case.model, 1, LENGTH), schedule="none", build=build,
                    micro_batch_size=rows)
     alone = replace(case, dp=1, pp=1, schedule="none", micro_batch_size=rows)

@@ -75,6 +75,11 @@ def test_what_is_at_the_border_is_taken():
     settings("--load x --kl unbiased --reference-refresh-interval 8 --global-batch-size 64 --grpo-iterations 2")
 
 
+def test_each_pass_over_a_rollout_has_updates():
+    twice = "--load x --kl k3 --global-batch-size 64 --grpo-iterations 2"
+    assert "is not a multiple of the 8 updates" in message(f"{twice} --reference-refresh-interval 4")
+
+
 def test_defaults_are_those_of_the_settings():
     made = settings()
     assert made.policy_loss == PolicyLossSettings()
@@ -106,6 +111,7 @@ def test_a_run_begins_from_weights_alone():
 def test_rules_of_pretraining_hold_too_and_name_this_entry():
     assert "train_grpo.py" in message("--tensor-model-parallel-size 2")
     assert "--data-path is no option" in message("--data-path corpus")
+    assert "--dry-run-memory is no option" in message("--dry-run-memory")  # which knows nothing of rollouts
     assert settings("--micro-batch-size 3", 2).batch.micro_batch_size == 3  # rows are not samples
 
 

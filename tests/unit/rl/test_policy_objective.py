@@ -122,16 +122,19 @@ def reports(meshes, settings, of_tokens=None, **options) -> dict[str, float]:
 
 
 def test_shares_that_are_clipped_are_of_tokens(meshes):
-    """The first sample is good and its first token's ratio 1.3; the second one is bad and all its ratios 0.5."""
+    """The first sample is good and its first token's ratio 1.3; the second one is bad and all its ratios 0.5, as are
+    those of the third one, which is good: nothing clips them.
+    """
     samples, _ = random_samples(SAMPLES, 2, LENGTH, CONFIG.vocab_size)
     lengths = [len(sample.tokens) for sample in samples]
     log_ratios = [torch.zeros(length) for length in lengths]
     log_ratios[0][0], log_ratios[1][:] = torch.tensor(1.3).log(), torch.tensor(0.5).log()
+    log_ratios[2][:] = torch.tensor(0.5).log()
     found = reports(meshes, PolicyLossSettings(off_policy_mask_delta=0.5), {OLD: log_ratios, ROLLOUT: log_ratios})
     assert found["clip_high"] == pytest.approx(1 / sum(lengths))
     assert found["clip_low"] == pytest.approx(lengths[1] / sum(lengths))
     assert found["kl_to_old"] == pytest.approx(
-        (lengths[1] * (0.5 - 1 + 0.693147) + 1.3 - 1 - 0.262364) / sum(lengths), abs=1e-6)
+        ((lengths[1] + lengths[2]) * (0.5 - 1 + 0.693147) + 1.3 - 1 - 0.262364) / sum(lengths), abs=1e-6)
     assert found["completion_length"] == sum(lengths) / SAMPLES
     assert found["off_policy_masked"] == 1 / SAMPLES and found["rollout_difference"] == 0
 

@@ -71,6 +71,24 @@ def test_division_into_micro_batches_does_not_show(meshes, micro_batch_size):
     assert all(torch.equal(one.expert_counts[layer], other.expert_counts[layer]) for layer in one.expert_counts)
 
 
+@pytest.mark.parametrize("kind", ["seq_aux_loss", "aux_loss"])
+def test_blank_rows_change_nothing(meshes, kind):
+    """Balance losses are means over the rows that are there, also where a micro-batch's rows are pooled."""
+    loss = LossSettings(mtp_loss_scaling_factor=0.3, balance_type=kind, moe_aux_loss_coeff=0.2)
+    found = []
+    for blank in (0, 1, 3):
+        ours = trainer(meshes, micro_batch_size=1 + blank, loss=loss)
+        tokens, labels, mask = (torch.cat([each[:1], torch.zeros_like(each[:1]).expand(blank, -1)])
+                                for each in parts_of(1))
+        real = (torch.arange(1 + blank) == 0)[:, None].expand_as(mask)
+        result = ours.train_step(training_batch(tokens, labels, mask & real, real_BS=real), learning_rate=0.0)
+        found.append((result.losses, gradients_of(ours.stages[0])))
+    for losses, gradients in found[1:]:
+        assert losses.balance_loss == pytest.approx(found[0][0].balance_loss, rel=EXACT) and losses.balance_loss > 0
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, found[0][1][name]) < EXACT, name
+
+
 def test_clipping(meshes):
     """The reported norm is the one before; the gradient keeps its direction. 1e-6 is Megatron's epsilon."""
     free, clipped = trainer(meshes), trainer(meshes, optimizer=OptimizerSettings(clip_grad=0.01))
