@@ -36,7 +36,8 @@ class Choices:
         for group in alike.values():
             for begin in range(0, len(group), at_once):
                 rows, owners, places = zip(*group[begin:begin + at_once])
-                made.update(zip(rows, choose(logits_RV[list(rows)], owners, places)))
+                own_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[list(rows)]
+                made.update(zip(rows, choose(own_RV, owners, places)))
         return cls(logits_RV, made)
 
     def __call__(self, row: int, sequence: Sequence) -> Choice:

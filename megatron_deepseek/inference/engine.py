@@ -83,8 +83,8 @@ class Engine:
         """Step until there are `number` finished answers to these requests; return them by name and index."""
         finished = {}
         while len(finished) < number:
-            for output in self.step():
-                if output.finished and output.request_id in names:
+            for output in self.step_to_ends():
+                if output.request_id in names:
                     finished[output.request_id, output.index] = output
         return finished
 
@@ -95,14 +95,22 @@ class Engine:
         """
         return self._add(self.check(prompt, parameters), parameters, request_id)
 
-    @torch.inference_mode()
     def step(self) -> list[Output]:
+        """Compute what comes next, and return the answers that got tokens."""
+        return [output_of(sequence) for sequence in self._compute()]
+
+    def step_to_ends(self) -> list[Output]:
+        """Compute what comes next, and return the answers that are finished: of others nothing is copied."""
+        return [output_of(sequence) for sequence in self._compute() if sequence.finish_reason is not None]
+
+    @torch.inference_mode()
+    def _compute(self) -> list[Sequence]:
         """Compute what comes next, and return the answers that got tokens."""
         spans = self.scheduler.schedule()
         if not spans and not self.lockstep:
             return []
         chosen = {} if any(span.sequence.parameters.chosen_experts for span in spans) else None
-        batch = self.model.batch([_piece(span) for span in spans])
+        batch = self.model.batch([span.piece for span in spans])
         states_TH = self.model.states(batch, chosen)
         self.readings.experts.keep(batch, chosen)
         self.readings.read_prompts(spans, batch.rows, states_TH)
@@ -116,7 +124,7 @@ class Engine:
         running = [span.sequence for span in spans if span.sequence.finish_reason is None]
         if self.drafter is not None:
             self.drafter.draft(running, self.lockstep)
-        return [output_of(span.sequence) for span, _ in ready]
+        return [span.sequence for span, _ in ready]
 
     def abort(self, request_id: str) -> list[Output]:
         """Stop a request and free what it holds; return what there is of its answers. An unknown name is ignored."""
@@ -256,7 +264,8 @@ class Engine:
         parameters, may_stop = sequence.parameters, sequence.num_answered >= sequence.parameters.min_tokens
         if token in sequence.request.ends:
             sequence.finish_reason = "stop"
-            sequence.stop_reason = None if self._ends_by_itself(parameters, token) else token
+            of_model = not parameters.ignore_eos and token in self.loaded.eos_ids  # whatever else the request ends with
+            sequence.stop_reason = None if of_model else token
         elif sequence.text is not None and sequence.text.add(token, may_stop):
             sequence.finish_reason, sequence.stop_reason = "stop", sequence.text.stop_string
         elif sequence.constraint is not None and sequence.constraint.failed:
@@ -275,10 +284,6 @@ class Engine:
         if sequence.text is not None:
             sequence.text.end()
 
-    def _ends_by_itself(self, parameters: SamplingParameters, token: int) -> bool:
-        """Return whether the model ends its answers with `token`, whatever else the request wants to end it with."""
-        return not parameters.ignore_eos and token in self.loaded.eos_ids
-
     def _advance(self, span: Span) -> None:
         """Take note of what was computed, and let go of what is finished."""
         sequence = span.sequence
@@ -291,10 +296,3 @@ class Engine:
     def _forget_finished(self, request_id: str) -> None:
         if all(each.finish_reason is not None for each in self._requests.get(request_id, ())):
             self._requests.pop(request_id, None)
-
-
-def _piece(span: Span) -> Piece:
-    """Return the tokens of a span, drafts after the sequence's own."""
-    sequence, own = span.sequence, len(span.sequence.tokens)
-    tokens = sequence.tokens[span.begin:span.end]
-    return Piece([*tokens, *sequence.drafts[:max(span.end - own, 0)]], sequence.blocks, span.begin)

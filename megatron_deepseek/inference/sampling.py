@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron_deepseek.inference.request import Sequence
 from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 
+RUN = 64  # weights that are added up before one is looked for among them
 LIKELIEST = 256  # how many of the likeliest tokens are sorted at first, to find the smallest set of `top_p`
 
 
@@ -42,7 +43,7 @@ def choose(logits_RV: torch.Tensor, sequences: Sequences[Sequence], places: Sequ
         scaled_RV, weights_RN, ids_RN = logits_RV, None, None
         tokens_R = logits_RV.argmax(-1)
     else:
-        scaled_RV = logits_RV / parameters.temperature
+        scaled_RV = logits_RV if parameters.temperature == 1 else logits_RV / parameters.temperature
         weights_RN, ids_RN = candidates(scaled_RV, parameters)
         numbers_R = torch.tensor([each.numbers[place] for each, place in zip(sequences, places)], dtype=torch.float64)
         tokens_R = draw(weights_RN, ids_RN, numbers_R.unsqueeze(1)).squeeze(1)
@@ -69,6 +70,8 @@ def is_adjusted(sequence: Sequence) -> bool:
 def log_probabilities_of(tokens_R: torch.Tensor, scaled_RV: torch.Tensor, weights_RN: torch.Tensor | None,
                          parameters: SamplingParameters) -> torch.Tensor:
     """Return the log-probability of each token among the candidates of its row, [R] float64."""
+    if weights_RN is not None and not parameters.cuts:  # then they are the probabilities of all ids
+        return weights_RN.gather(-1, tokens_R.unsqueeze(1)).squeeze(1).double().log()
     found_R = log_probabilities(scaled_RV).gather(-1, tokens_R.unsqueeze(1)).squeeze(1).double()
     return found_R - weights_RN.double().sum(-1).log() if parameters.cuts else found_R
 
@@ -158,13 +161,26 @@ def _nucleus(scaled_RV: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.T
 def draw(weights_RN: torch.Tensor, ids_RN: torch.Tensor | None, numbers_RM: torch.Tensor) -> torch.Tensor:
     """Return, for each of a row's M numbers, uniform in [0, 1), the id whose part of the sum of weights has it, [R, M].
 
-    Parts lie in the order of the weights. Without `ids_RN` the place is the id.
+    Parts lie in the order of the weights. Without `ids_RN` the place is the id. Sums are of runs of `RUN` weights at
+    first, and then of the weights of one run: each weight is read once. They are in float64.
     """
-    ends_RN = weights_RN.double().cumsum(-1)
-    total_R1 = ends_RN[..., -1:]
-    below_R1 = total_R1.nextafter(torch.zeros_like(total_R1))  # beyond it rounding leads to what has no weight
-    places_RM = torch.searchsorted(ends_RN, (numbers_RM.to(ends_RN.device) * total_R1).minimum(below_R1), right=True)
-    return places_RM if ids_RN is None else ids_RN.gather(-1, places_RM)
+    size = weights_RN.shape[-1]
+    padded_RN = F.pad(weights_RN, (0, -size % RUN)) if size % RUN else weights_RN
+    runs_RnL = padded_RN.unflatten(-1, (-1, RUN))
+    ends_Rn = runs_RnL.sum(-1, dtype=torch.float64).cumsum(-1)
+    below_R1 = _below(ends_Rn[..., -1:])
+    wanted_RM = (numbers_RM.to(ends_Rn.device) * ends_Rn[..., -1:]).minimum(below_R1)
+    run_RM = torch.searchsorted(ends_Rn, wanted_RM, right=True)
+    inner_RML = runs_RnL.take_along_dim(run_RM.unsqueeze(-1), -2).double().cumsum(-1)
+    rest_RM = wanted_RM - F.pad(ends_Rn, (1, 0)).take_along_dim(run_RM, -1)
+    rest_RM1 = rest_RM.unsqueeze(-1).minimum(_below(inner_RML[..., -1:]))
+    places_RM = run_RM * RUN + torch.searchsorted(inner_RML, rest_RM1, right=True).squeeze(-1)
+    return places_RM if ids_RN is None else ids_RN.take_along_dim(places_RM, -1)
+
+
+def _below(total: torch.Tensor) -> torch.Tensor:
+    """Return the greatest number below each total: at the total itself, by rounding, there is nothing more."""
+    return total.nextafter(torch.zeros_like(total))
 
 
 def log_probabilities(logits_RV: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import time
 from bisect import insort
 from dataclasses import dataclass
 
+from megatron_deepseek.inference.batch import Piece
 from megatron_deepseek.inference.blocks import BlockPool, block_hashes
 from megatron_deepseek.inference.request import Sequence
 from megatron_deepseek.inference.settings import EngineSettings
@@ -37,6 +38,13 @@ class Span:
         """Return whether the last of the sequence's own tokens is among them, after which one is sampled."""
         return self.end >= len(self.sequence.tokens)
 
+    @property
+    def piece(self) -> Piece:
+        """Return its tokens for a forward, drafts after the sequence's own."""
+        sequence, own = self.sequence, len(self.sequence.tokens)
+        tokens = sequence.tokens[self.begin:self.end]
+        return Piece([*tokens, *sequence.drafts[:max(self.end - own, 0)]], sequence.blocks, self.begin)
+
 
 class Scheduler:
     """Sequences that wait and that run, both in order of arrival, and the blocks that they hold."""
@@ -53,11 +61,12 @@ class Scheduler:
     def schedule(self) -> list[Span]:
         """Return the spans of the next forward, whose sequences hold blocks for them."""
         spans: dict[Sequence, Span] = {}
-        before = self.preemptions
+        before, left = self.preemptions, self.settings.token_budget
         for sequence in sorted(self.running, key=lambda each: (not each.decoding, each.order)):
-            length = min(sequence.pending, self._budget(spans))
+            length = min(sequence.pending, left)
             if length and sequence in self.running and self._make_room(sequence, length, spans):
                 spans[sequence] = Span(sequence, sequence.num_computed, length)
+                left = left - length if self.preemptions == before else self._budget(spans)
         if self.preemptions == before:
             self._admit(spans)
         assert spans or not (self.running or self.waiting), "there is work, and none is done"

@@ -19,6 +19,8 @@ ROLLOUTS = of(
     ("spans_replicas", "layout.tp % layout.ep != 0", "layout.ep > 1"),
     ("seed_of", ":{rollout}:{number}", ":{number}"),
     ("EngineWeights.__init__", "build.precision.activations", "build.precision.master"),
+    ("gather_samples", "keys[begin:begin + SAMPLES_AT_A_TIME]", "keys[:SAMPLES_AT_A_TIME]"),
+    ("rollout.engine.sampling_of", "chosen_experts=rollout.keep_routing", "chosen_experts=False"),
     ("rollout.weights._join_adapters", "b * scale, matrices", "b, matrices"),
     ("rollout.weights._join_adapters", "AdaptedWeight(base, a, b, scale)", "AdaptedWeight(base, a, b, 1.0)"),
 ) + of(

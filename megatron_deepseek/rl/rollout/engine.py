@@ -92,7 +92,7 @@ class RolloutEngine:
         """Return all answers of this replica. Ranks that step together leave together."""
         finished: list[Output] = []
         while self._work_left(engine):
-            finished += [output for output in engine.step() if output.finished]
+            finished += engine.step_to_ends()
         return finished
 
     def _work_left(self, engine: Engine) -> bool:

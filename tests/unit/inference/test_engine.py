@@ -178,9 +178,9 @@ def test_an_interrupted_call_leaves_nothing_behind(model, monkeypatch):
     def interrupted():
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return type(one).step(one)
+        return type(one).step_to_ends(one)
 
-    monkeypatch.setattr(one, "step", interrupted)
+    monkeypatch.setattr(one, "step_to_ends", interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.generate(prompts(3), GREEDY)
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from megatron_deepseek.model.build import Precision
 from megatron_deepseek.model.router import Router
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.tensor import ParallelLinear
+from megatron_deepseek.rl.rollout import gathering
 from megatron_deepseek.rl.rollout.engine import RolloutEngine, seed_of
 from megatron_deepseek.rl.rollout.layout import check_base, engine_layout, spans_replicas
 from megatron_deepseek.rl_settings import RolloutSettings
@@ -95,3 +96,22 @@ def test_in_bfloat16_weights_are_those_of_the_forward_and_routers_keep_theirs(me
 def test_seeds_are_of_one_prompt_of_one_rollout():
     seeds = {seed_of(*numbers) for numbers in ((1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1, 10, 1), (1, 1, 1))}
     assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_samples_bring_what_training_is_to_keep(meshes, monkeypatch):
+    """Experts of each token that went through the model, and ids that each token was drawn among, with p among these.
+    They are gathered a few samples at a time.
+    """
+    monkeypatch.setattr(gathering, "SAMPLES_AT_A_TIME", 4)
+    settings = replace(SETTINGS, keep_routing=True, keep_sampling_mask=True, top_k=5)
+    engine = RolloutEngine(trainer_of(Case()), settings, None, ENDS, LENGTH)
+    engine.refresh()
+    groups = engine.generate(PROMPTS, range(len(PROMPTS)), settings, 0.7)
+    assert [[sample.group for sample in group] for group in groups] == [[number] * 2 for number in range(len(PROMPTS))]
+    for sample in (sample for group in groups for sample in group):
+        assert {name: tuple(experts.shape) for name, experts in sample.experts.items()} == {
+            "model.layers.1.mlp": (len(sample.prompt) + len(sample.tokens) - 1, 2)}
+        assert len(sample.tokens) == len(sample.kept_ids) == len(sample.log_probabilities)
+        for token, ids, value in zip(sample.tokens, sample.kept_ids, sample.log_probabilities):
+            assert token in ids.tolist() and len(ids) == 5 and -20 < value < 0
+    assert len({tuple(ids.tolist()) for group in groups for sample in group for ids in sample.kept_ids}) > 5
