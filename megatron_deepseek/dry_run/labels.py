@@ -25,14 +25,14 @@ WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER = "weights", "gathered weights", "gradie
 BATCH, ACTIVATIONS, TEMPORARIES = "batch", "activations", "temporaries"
 HOST = "host"
 CATEGORIES = (WEIGHTS, GATHERED, GRADIENTS, OPTIMIZER, BATCH, ACTIVATIONS, TEMPORARIES, HOST)
-_SENDS_TO_HOST = "ops/offload.py"
+_OFFLOADS, _TO_HOST = "ops/offload.py", " to_host"
 
 
 def category(allocation: Allocation) -> str:
     """Return what an allocation is, one of CATEGORIES, once the step is over."""
     if allocation.label is not None:
         return allocation.label
-    if allocation.line.startswith(_SENDS_TO_HOST):
+    if allocation.line.startswith(_OFFLOADS) and allocation.line.endswith(_TO_HOST):
         return HOST
     return ACTIVATIONS if allocation.outlived else TEMPORARIES
 
@@ -41,13 +41,13 @@ def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
     """Name what stands before the first act: shards, buffers, moments and the batch."""
     on_host = trainer.spec.build.offload.optimizer_cpu_offload
     for stage in trainer.stages:
-        for tensor in stage.parameters():
-            log.label(tensor, HOST if on_host else WEIGHTS)
-        for tensor in (*stage.buffers(), stage.rope_2SD):
-            log.label(tensor, WEIGHTS)
-    for state in trainer.optimizer.state.values():
-        for tensor in state.values():
-            log.label(tensor, HOST if on_host else OPTIMIZER)
+        for name, tensor in stage.named_parameters():
+            log.label(tensor, HOST if on_host else WEIGHTS, name)
+        for name, tensor in (*stage.named_buffers(), ("rotary table", stage.rope_2SD)):
+            log.label(tensor, WEIGHTS, name)
+    for each in trainer.parameters:
+        for tensor in trainer.optimizer.state.get(each.parameter, {}).values():
+            log.label(tensor, HOST if on_host else OPTIMIZER, f"moment of {each.name}")
     for tensor in (batch.tokens_BS, batch.labels_BS, batch.weights_BS):
         log.label(tensor, BATCH)
 
@@ -55,13 +55,14 @@ def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
 def label_passing(log: StorageLog, trainer: Trainer) -> None:
     """Name the storages that are gathered weights and gradients, of those that are there now."""
     for stage in trainer.stages:
-        for tensor in gathered_weights(stage):
-            log.label(tensor, GATHERED)
-        for tensor in held_gradients(stage):
-            log.label(tensor, GRADIENTS)
+        for name, tensor in gathered_weights(stage):
+            log.label(tensor, GATHERED, name)
+        for name, tensor in held_gradients(stage):
+            log.label(tensor, GRADIENTS, f"gradient of {name}")
     if trainer.spec.build.offload.optimizer_cpu_offload:
-        for parameter in (each.parameter for each in trainer.parameters if each.parameter.grad is not None):
-            log.label(parameter.grad, HOST)
+        for each in trainer.parameters:
+            if each.parameter.grad is not None:
+                log.label(each.parameter.grad, HOST, f"gradient of {each.name}")
 
 
 @dataclass

@@ -44,8 +44,8 @@ def memory_lines(found: RankStep) -> Iterator[str]:
         rows.append((name, *(f"{size / _GIB:.3f}" for size in (level.bytes, *level.categories.values()))))
     yield from (f"  {line}" for line in aligned(rows))
     yield "  the largest tensors of the peak"
-    rows = [("MiB", "kind", "shape", "made in", "by")]
-    rows += [(f"{each.bytes / _MIB:.1f}", each.category, _shape(each), each.act, each.line)
+    rows = [("MiB", "kind", "shape", "made in", "what, or by which line")]
+    rows += [(f"{each.bytes / _MIB:.1f}", each.category, _shape(each), each.act, each.of or each.line)
              for each in found.timeline.largest]
     yield from (f"    {line}" for line in aligned(rows))
 

@@ -27,13 +27,13 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 
 class Allocation:
     """A storage: the act that made it (None between acts), the line of code, what it is (`label`, None while nobody has
-    said), and whether it outlived its act.
+    said) and whose (`of`, such as a parameter's name), and whether it outlived its act.
     """
 
-    __slots__ = ("act", "line", "label", "outlived", "size", "shape", "dtype")
+    __slots__ = ("act", "line", "label", "of", "outlived", "size", "shape", "dtype")
 
     def __init__(self, act: "Interval", line: str, tensor: torch.Tensor):
-        self.act, self.line, self.label, self.outlived, self.size = act, line, None, False, 0
+        self.act, self.line, self.label, self.of, self.outlived, self.size = act, line, None, None, False, 0
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
 
@@ -110,12 +110,13 @@ class StorageLog(TorchDispatchMode):
             if self._on_end is not None:
                 self._on_end()
 
-    def label(self, tensor: torch.Tensor, name: str) -> None:
-        """Say what the storage of a tensor, or of a DTensor's own part, is, if it was made under this log."""
+    def label(self, tensor: torch.Tensor, name: str, of: str | None = None) -> None:
+        """Say what the storage of a tensor, or of a DTensor's own part, is and whose, if it was made under this log."""
         tensor = getattr(tensor, "_local_tensor", tensor)
         found = self._of_storage.get(tensor.untyped_storage()._cdata)
         if found is not None:
-            self.allocations[found[0]].label = name
+            allocation = self.allocations[found[0]]
+            allocation.label, allocation.of = name, of
 
     def _end(self, interval: Interval) -> None:
         for allocation in interval.alive:

@@ -25,7 +25,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that is there at the peak."""
+    """A tensor that is there at the peak. `of`: the parameter that it is, or is for; None for others."""
 
     bytes: int
     category: str
@@ -33,6 +33,7 @@ class Held:
     dtype: str
     line: str
     act: str
+    of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,5 @@ def _stretches(log: StorageLog):
 def _held(log: StorageLog, number: int, size: int, name: str) -> Held:
     allocation = log.allocations[number]
     act = BEFORE if allocation.act.act is None else str(allocation.act.act)
-    return Held(size, name, allocation.shape, str(allocation.dtype).removeprefix("torch."), allocation.line, act)
+    return Held(size, name, allocation.shape, str(allocation.dtype).removeprefix("torch."), allocation.line, act,
+                allocation.of)

@@ -88,7 +88,7 @@ def load_model(files: ModelFiles, meshes: Meshes, settings: LoadSettings = LoadS
     pack(stage)
     if settings.compile:
         check_compiler(meshes.device)
-        compile_stages([stage], BACKEND)
+        compile_stages([stage], BACKEND, meshes.device)
     return LoadedModel(stage.eval().requires_grad_(False), config, meshes, meshes.device, dtype, files.tokenizer,
                        files.eos_ids, files.defaults)
 

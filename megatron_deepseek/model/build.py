@@ -99,7 +99,7 @@ def build_stages(config: ModelConfig, mine: Iterable[Stage], meshes: Meshes, seq
     place_stages(stages, meshes, options)
     initialize(stages, config.initializer_range, options.seed)
     if options.compiler is not None:
-        compile_stages(stages, options.compiler)
+        compile_stages(stages, options.compiler, meshes.device)
     return stages
 
 

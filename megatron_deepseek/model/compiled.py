@@ -41,6 +41,7 @@ FUSIBLES = (
     Fusible(cross_entropy_statistics, ((0, 0), (1, 0))),
     Fusible(cross_entropy_gradient, ((0, 0), (1, 0), (3, 0), (4, 0), (5, 0)), form=cross_entropy_gradient_in_a_pass),
 )
+SLOWER_ON_CPU = frozenset({assemble_keys, route})  # as graphs than without (docs/benchmarks.md)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -62,9 +63,16 @@ def _missing_for_cpu(compiler: str, headers: Path) -> str | None:
     return None
 
 
-def compile_stages(stages: Iterable[DeepseekStage], backend: str) -> None:
-    """Give all modules of `stages` graphs, made by a backend of torch.compile, in place of their functions."""
-    graphs = Graphs(FUSIBLES, backend)
+def fusibles_of(device: torch.device) -> list[Fusible]:
+    """Return the functions that are worth a graph on `device`."""
+    return [each for each in FUSIBLES if is_accelerator(device) or each.function not in SLOWER_ON_CPU]
+
+
+def compile_stages(stages: Iterable[DeepseekStage], backend: str, device: torch.device) -> None:
+    """Give all modules of `stages`, which run on `device`, graphs by a backend of torch.compile in place of their
+    functions.
+    """
+    graphs = Graphs(fusibles_of(device), backend)
     for stage in stages:
         for module in stage.modules():
             _compile(module, graphs)

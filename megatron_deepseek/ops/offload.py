@@ -57,4 +57,5 @@ def to_host(tensor: torch.Tensor) -> RecomputeHandle:
 
 
 def _to_device(host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor]:
-    return (host.to(device, non_blocking=True),)
+    """Return a copy on the device, also where that is the host: a dry run counts it as a GPU's."""
+    return (host.to(device, non_blocking=True, copy=True),)

@@ -138,20 +138,27 @@ def gathered_parameters(unit: nn.Module) -> Iterator[tuple[nn.Parameter, torch.T
             yield parameter.sharded_param, parameter.unsharded_param
 
 
-def gathered_weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the memory of gathered weights, of those units that were gathered once; it may be empty now."""
+def gathered_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the memory of gathered weights, with their names in `module`, of those units that were gathered once; it
+    may be empty now.
+    """
     for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
-        yield from (*parameter.all_gather_outputs, *parameter._unsharded_inner_tensors)
+        for tensor in (*parameter.all_gather_outputs, *parameter._unsharded_inner_tensors):
+            yield parameter._param_fqn, tensor
         if hasattr(parameter, "_unsharded_param"):
-            yield _plain(parameter._unsharded_param)
+            yield parameter._param_fqn, _plain(parameter._unsharded_param)
 
 
-def held_gradients(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the gradients that are there: of shards, and of gathered weights that are not reduced yet."""
+def held_gradients(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the gradients that are there, with their weights' names in `module`: of shards, and of gathered weights
+    that are not reduced yet.
+    """
     for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
         whole = getattr(parameter, "_unsharded_param", None)
-        yield from (_plain(each) for each in (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad,
-                                              None if whole is None else whole.grad) if each is not None)
+        for each in (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad,
+                     None if whole is None else whole.grad):
+            if each is not None:
+                yield parameter._param_fqn, _plain(each)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

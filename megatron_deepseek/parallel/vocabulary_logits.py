@@ -71,10 +71,9 @@ class VocabularyLogits:
         -1 is no id; a token without any has the whole vocabulary.
         """
         there_TM = kept_TM >= 0
-        all_T1 = ~there_TM.any(-1, keepdim=True)
         logits_TM = self._logits_of(torch.cat([ids_T.unsqueeze(-1), kept_TM.long()], -1))
-        kept = logits_TM[:, 1:].masked_fill(~(there_TM | all_T1), -torch.inf)
-        return logits_TM[:, 0] - kept.logsumexp(-1).where(~all_T1.squeeze(-1), self.log_normalizer_T)
+        among_T = logits_TM[:, 1:].masked_fill(~there_TM, -torch.inf).logsumexp(-1)
+        return logits_TM[:, 0] - among_T.where(there_TM.any(-1), self.log_normalizer_T)
 
     def at_temperature(self, temperature: float) -> "VocabularyLogits":
         """Return the logits divided by the temperature."""

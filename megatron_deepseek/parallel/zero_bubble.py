@@ -53,10 +53,7 @@ class DeferredGradients:
 
         def run():
             while pending:
-                weight, gradient = pending.pop()
-                with torch.no_grad():
-                    value = gradient()
-                torch.autograd.backward(weight, value)
+                _Made.apply(*pending.pop()).backward()
             self._finish()
 
         return run
@@ -66,6 +63,22 @@ class DeferredGradients:
 
     def grouped_gemm(self, x_RI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: list[int]) -> torch.Tensor:
         return _GroupedGemm.apply(x_RI, weight_EOI, counts_E, self)
+
+
+class _Made(torch.autograd.Function):
+    """A number whose backward gives a weight the gradient that a closure makes, and keeps no reference to it: the
+    parameter takes it as it is. Of a gradient that somebody holds, autograd makes a copy.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, gradient):
+        ctx.gradient = gradient
+        return torch.zeros((), device=weight.device)
+
+    @staticmethod
+    def backward(ctx, _):
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient(), None
 
 
 class DeferringLinear(torch.autograd.Function):

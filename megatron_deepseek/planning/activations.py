@@ -77,7 +77,7 @@ def experts(shapes: LayerShapes, dropped: float) -> Iterator[Kept]:
         yield from entered(shapes)
         yield from mlp(shapes, model.n_shared_experts * model.moe_intermediate_size)
     yield from router(shapes)
-    copies = (shapes.own - dropped) * model.num_experts_per_tok
+    copies = (shapes.own - dropped) * model.num_experts_per_tok * shapes.served
     yield from dispatch(shapes, copies, complete=not dropped)
     rows = copies * layout.etp * (shapes.traffic.imbalance if layout.ep > 1 else 1)
     yield Kept("experts' rows", numbers.product_input(rows, model.hidden_size))

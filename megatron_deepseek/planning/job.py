@@ -81,6 +81,13 @@ class Job:
         """Return whether weight gradients are left for later, if only until the end of a whole backward."""
         return self.layout.pp > 1 and self.schedule in SPLIT
 
+    @property
+    def pairs_overlap(self) -> bool:
+        """Return whether the two runs of a pair may be at their peaks together; otherwise one follows the other."""
+        communication = self.settings.communication
+        return (self.engine.name != OURS.name or self.schedule == DUAL_PIPE
+                or communication.overlap_moe_expert_parallel_comm)
+
     def held(self, pp_rank: int) -> list[int]:
         """Return the stages of a pipeline rank."""
         return held_stages(self.schedule, self.layout.pp, self.virtual_stages, pp_rank)
@@ -109,7 +116,8 @@ class Job:
                           factor)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
-                           settings.data.reset_attention_mask, self.engine.weighs_before)
+                           settings.data.reset_attention_mask, self.engine.weighs_before,
+                           1.0 if capacity is None else min(1.0, capacity))
 
     def layers_of(self, stage: int) -> tuple[int, ...]:
         """Return the ids of a stage's layers, MTP modules among them, in the order in which they run."""

@@ -5,7 +5,7 @@ first ones.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, staying, total
@@ -25,17 +25,33 @@ class LayerMode:
 
 
 @dataclass(frozen=True)
+class Backward:
+    """A moment of a layer's backward, in which its MLP (`of_mlp`) or its attention is at work: `bytes` that exist then,
+    less those of the layer's kept ones that are free again; `left` of what waits for weight gradients is there too.
+    """
+
+    of_mlp: bool
+    bytes: float
+    left: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
-    and `backward` exist only while the layer runs; `waiting` is what its weight gradients need where a schedule makes
-    them later.
+    exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
+    where a schedule makes them later.
     """
 
     kept: float
     host: float
     forward: float
-    backward: float
+    moments: tuple[Backward, ...]
     waiting: float
+
+    @property
+    def backward(self) -> float:
+        """Return the most that exists beside what is kept while the backward runs."""
+        return max(each.bytes for each in self.moments)
 
 
 def modes(recompute: RecomputeSettings, offload: OffloadSettings, count: int) -> tuple[LayerMode, ...]:
@@ -63,25 +79,64 @@ def _representative(shapes: LayerShapes, index: int) -> int:
 
 @lru_cache(1024)
 def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
-    model = shapes.model
-    depth = index - model.num_hidden_layers
+    depth = index - shapes.model.num_hidden_layers
     whole = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
-    transient = gradients_in_flight(shapes, index)
     waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
+    moments = _moments(shapes, index, whole, mode)
     if mode.full:
-        kept = total(inputs(shapes, whole))
-        again = total(whole) - kept
-        stays = 0.0
+        kept, stays = total(inputs(shapes, whole)), 0.0
     else:
         kept, stays = total(whole, mode.again), staying(whole, mode.again)
-        again = largest_made_again(whole, mode.again)
     if mode.offloaded:
-        output = sum(each.bytes for each in whole if each.name == "MTP's output")
-        state = shapes.numbers.plain(shapes.stream, model.hidden_size) if depth >= 0 else 0.0
-        table = 0 if mode.full else 4 * shapes.length // shapes.layout.cp * model.rotary_dim
-        host = kept - stays - output + state + table  # MTP's first state goes too, and each layer's rotary table
-        return LayerBytes(stays + output, host, buffers(shapes, index) + host, again + host + transient, waiting)
-    return LayerBytes(kept, 0.0, buffers(shapes, index) + (again if mode.full else 0.0), again + transient, waiting)
+        back = kept - stays - sum(each.bytes for each in whole if each.name == "MTP's output")
+        host = back + _offloaded_too(shapes, depth, mode)
+        return LayerBytes(kept - back, host, buffers(shapes, index) + host, _brought_back(moments, whole, host, mode),
+                          waiting)
+    again = total(whole) - kept if mode.full else 0.0
+    return LayerBytes(kept, 0.0, buffers(shapes, index) + again, moments, waiting)
+
+
+def _moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], mode: LayerMode) -> tuple[Backward, Backward]:
+    """Return the moments of a layer that keeps all on the device. The MLP comes first, and what it has kept, or what
+    was made again for it, is free when attention's turn comes.
+    """
+    block, others = _of_mlp(whole)
+    stream = shapes.numbers.plain(shapes.stream, 2 * shapes.model.hidden_size)
+    in_mlp, in_attention = stream + mlp_gradients(shapes, index), stream + attention_in_flight(shapes)
+    left = deferred_inputs(remaining(block, ())) + deferred_gradients(shapes, index) - attention_gradients(shapes)
+    if mode.full:
+        kept = total(inputs(shapes, whole))
+        return (Backward(True, total(whole) - kept + in_mlp),
+                Backward(False, total(others) - kept + in_attention, left))
+    return (Backward(True, largest_made_again(block, mode.again) + in_mlp),
+            Backward(False, largest_made_again(others, mode.again) - total(block, mode.again) + in_attention, left))
+
+
+def _of_mlp(whole: tuple[Kept, ...]) -> tuple[tuple[Kept, ...], tuple[Kept, ...]]:
+    """Return what belongs to a layer's MLP, from the input of its norm on, and what belongs to all before it."""
+    begin = next(at for at, each in enumerate(whole) if each.name == "input of the MLP's norm")
+    block = tuple(each for each in whole[begin:] if each.name != "MTP's output")
+    return block, tuple(each for each in whole if each not in block)
+
+
+def _offloaded_too(shapes: LayerShapes, depth: int, mode: LayerMode) -> float:
+    """Return what goes to the host beside what a layer keeps: MTP's first state, and each layer's rotary table."""
+    state = shapes.numbers.plain(shapes.stream, shapes.model.hidden_size) if depth >= 0 else 0.0
+    return state + (0 if mode.full else 4 * shapes.length // shapes.layout.cp * shapes.model.rotary_dim)
+
+
+def _brought_back(moments: tuple[Backward, Backward], whole: tuple[Kept, ...], host: float, mode: LayerMode
+                  ) -> tuple[Backward, Backward]:
+    """Return the moments of a layer whose kept tensors lie in the host's memory: those of the MLP come back first, and
+    then those of attention.
+    """
+    in_mlp, in_attention = moments
+    if mode.full:
+        return replace(in_mlp, bytes=in_mlp.bytes + host), replace(in_attention, bytes=in_attention.bytes + host)
+    block = _of_mlp(whole)[0]
+    of_mlp = total(block, mode.again) - staying(block, mode.again)
+    return (replace(in_mlp, bytes=in_mlp.bytes + of_mlp),
+            replace(in_attention, bytes=in_attention.bytes + host))
 
 
 def inputs(shapes: LayerShapes, whole: Iterable[Kept]) -> list[Kept]:
@@ -147,7 +202,7 @@ def attention_gradients(shapes: LayerShapes) -> float:
 
 def expert_rows(shapes: LayerShapes) -> float:
     """Return how many rows this rank's experts get."""
-    rows = shapes.own * shapes.model.num_experts_per_tok * shapes.layout.etp
+    rows = shapes.own * shapes.model.num_experts_per_tok * shapes.served * shapes.layout.etp
     return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
 
 
@@ -167,19 +222,18 @@ def buffers(shapes: LayerShapes, index: int) -> float:
     return shapes.numbers.plain(sent + expert_rows(shapes) + across, model.hidden_size)
 
 
-def gradients_in_flight(shapes: LayerShapes, index: int) -> float:
-    """Return the bytes of gradients that exist at once at the worst moment of a layer's backward.
+def attention_in_flight(shapes: LayerShapes) -> float:
+    """Return the bytes of the gradients of queries, keys, values and output, which exist at once in the backward."""
+    of_head = shapes.model.qk_head_dim + shapes.model.value_head_dim
+    return shapes.numbers.plain(shapes.whole, (shapes.heads + shapes.kv_heads) * of_head)
 
-    The stream's gradient twice (what came, and the sum), and beside it either attention's of queries, keys, values and
-    output, or those of the MLP's result, of its hidden values and of gate and up.
+
+def mlp_gradients(shapes: LayerShapes, index: int) -> float:
+    """Return the bytes of the gradients of an MLP's result, of its hidden values and of gate and up, which exist at
+    once in the backward, with the buffers in which gradients of experts' rows come and go.
     """
     model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
-    stream = numbers.plain(shapes.stream, 2 * model.hidden_size)
-    of_head = model.qk_head_dim + model.value_head_dim
-    attention = numbers.plain(shapes.whole, (shapes.heads + shapes.kv_heads) * of_head)
-    if model.is_moe_layer(index):
-        width = 3 * model.moe_intermediate_size // layout.etp
-        block = numbers.plain(expert_rows(shapes), model.hidden_size + width) + buffers(shapes, index)
-    else:
-        block = numbers.plain(shapes.whole, 3 * model.intermediate_size // layout.tp)
-    return stream + max(attention, block)
+    if not model.is_moe_layer(index):
+        return numbers.plain(shapes.whole, 3 * model.intermediate_size // layout.tp)
+    width = 3 * model.moe_intermediate_size // layout.etp
+    return numbers.plain(expert_rows(shapes), model.hidden_size + width) + buffers(shapes, index)

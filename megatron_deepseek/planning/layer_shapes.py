@@ -43,7 +43,8 @@ class LayerShapes:
     """One micro-batch on a rank: `sequences` of `length` tokens each, of which context ranks have their part.
 
     `balance`: a balance loss is attached; `per_sequence`, of each sequence by itself. `packed`: attention within
-    documents. `weighs_before`: Engine's.
+    documents. `weighs_before`: Engine's. `served`: the share of tokens' copies that is not dropped, at most, where
+    experts' capacity is less than the mean.
     """
 
     model: ModelConfig
@@ -56,6 +57,7 @@ class LayerShapes:
     per_sequence: bool = True
     packed: bool = False
     weighs_before: bool = False
+    served: float = 1.0
 
     @property
     def whole(self) -> int:

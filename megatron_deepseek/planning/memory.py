@@ -68,7 +68,7 @@ def rank_memory(job: Job, pp_rank: int, imbalance: float = 1.0, task: Task = PRE
                           states.host, extra)
     shapes, held = job.shapes(imbalance), job.held(pp_rank)
     stages = {stage: stage_bytes(job, stage, shapes) for stage in held}
-    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()})
+    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()}, job.pairs_overlap)
     receive = receive_buffers(job, held, shapes)
     allocated = states.device + receive + peak.bytes + sum(extra.values())
     host = states.host + sum(stages[stage].host * count for stage, count in peak.in_flight.items())

@@ -34,14 +34,18 @@ def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank
     """Return the moments of a rank that can be its peak: those that no other one is above in every count."""
     held = held_stages(schedule, pp, virtual, rank)
     acts = actions(schedule, pp, virtual, micro_batches, rank)
-    distinct = {(each.forwards, each.backwards, each.kept, each.waiting): each for each in moments(acts, held)}
+    distinct = {(*_running(each), each.kept, each.waiting): each for each in moments(acts, held)}
     best: dict[tuple, list[Moment]] = {}
     for each in sorted(distinct.values(), key=lambda moment: -sum(moment.kept + moment.waiting)):
-        rivals = best.setdefault((each.forwards, each.backwards), [])
+        rivals = best.setdefault(_running(each), [])
         counts = each.kept + each.waiting
         if not any(all(a >= b for a, b in zip(other.kept + other.waiting, counts)) for other in rivals):
             rivals.append(each)
     return tuple(moment for group in best.values() for moment in group)
+
+
+def _running(moment: Moment) -> tuple[tuple[int, ...], ...]:
+    return moment.forwards, moment.backwards, moment.weights
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class RankCosts:
         sizes = [self.stage(each)[1] for each in bounds]
         found = worst_moments(self.job.schedule, self.pp, self.virtual,
                               enough_micro_batches(self.pp, self.job.micro_batches), rank)
-        return self.standing(rank, bounds) + max(sum(moment.bytes(sizes)) for moment in found)
+        return self.standing(rank, bounds) + max(
+            sum(moment.bytes(sizes, self.job.pairs_overlap)) for moment in found)
 
     def needed(self, allocated: float) -> float:
         """Return what a GPU may need where so much is allocated."""

@@ -19,7 +19,7 @@ from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
 from megatron_deepseek.planning.layer_shapes import LayerShapes
 from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.held_parameters import held_parameters
+from megatron_deepseek.planning.held_parameters import Held, held_parameters
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     waiting, (of_head, added) = head_waiting(job, stage, shapes), _outer_gradients(job, stage)
     for index, each in zip(reversed(indices), reversed(layers)):
         forward = max(forward, each.forward - behind)
-        backward = max(backward, each.backward + _weight_gradient(job, index) + of_head - behind + waiting)
+        for moment in each.moments:
+            left = moment.left if job.splits_backwards else _weight_gradient(job, index, moment.of_mlp)
+            backward = max(backward, moment.bytes + left + of_head - behind + waiting)
         behind += each.kept
         waiting += each.waiting if job.splits_backwards else 0.0
-    backward = max(backward, waiting + added - behind)
-    return StageMemory(StageBytes(behind, waiting, forward, backward), sum(each.host for each in layers))
+    made = _gradients_of_stage(job, stage) if job.splits_backwards else 0.0
+    backward = max(backward, max(waiting, made) + added - behind)
+    return StageMemory(StageBytes(behind, waiting, forward, backward, max(0.0, made - waiting)),
+                       sum(each.host for each in layers))
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -133,15 +137,30 @@ def _outer_gradients(job: Job, stage: int) -> tuple[float, float]:
     return element * each[1], element * sum(each) + sums * max(each)
 
 
-def _weight_gradient(job: Job, index: int) -> float:
-    """Return the bytes of a layer's weight gradients before they are added to the sums of all micro-batches."""
-    apart = job.engine.gradient_apart and not job.frozen_base
-    return job.numbers.element * _parameters(job.model, job.layout, index) if apart else 0.0
+def _weight_gradient(job: Job, index: int, of_mlp: bool) -> float:
+    """Return the bytes of a layer's weight gradients before they are added to the sums of all micro-batches: those of
+    its MLP while that is at work, then those of all but routed experts, whose unit of FSDP comes to its end before.
+    """
+    if not job.engine.gradient_apart or job.frozen_base:
+        return 0.0
+    held = _parameters(job.model, job.layout, index)
+    if not of_mlp:
+        return job.numbers.element * held.dense
+    moe, model = job.model.is_moe_layer(index), job.model
+    width = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
+    return job.numbers.element * (held.experts + 3 * model.hidden_size * width // job.layout.tp)
+
+
+def _gradients_of_stage(job: Job, stage: int) -> float:
+    """Return the bytes of all weight gradients of a stage, which are added to the sums when the last one is made."""
+    if not job.engine.gradient_apart or job.frozen_base:
+        return 0.0
+    held = held_parameters(job.model, job.layout, [job.stages[stage]], job.settings.run.freeze_parameters)
+    return job.numbers.element * (held.dense + held.experts)
 
 
 @lru_cache(256)
-def _parameters(model: ModelConfig, layout: Layout, index: int) -> int:
+def _parameters(model: ModelConfig, layout: Layout, index: int) -> Held:
     depth = index - model.num_hidden_layers
     part = Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
-    held = held_parameters(model, layout, [part])
-    return held.experts or held.dense
+    return held_parameters(model, layout, [part])

@@ -4,11 +4,12 @@ since different numbers of ranks divide them.
 Ours: a parameter takes 4 bytes for its master weight, 4 for its reduced gradient and 8 for AdamW's two moments (4 with
 moments in bfloat16). FSDP divides these among the data ranks; with --optimizer-cpu-offload they lie in the host's
 memory. Not divided are 2 bytes for the gathered bfloat16 weight (4 without --bf16 and of routers; FP8 takes two codes)
-and, where an update has several micro-batches, 4 for the sum of their gradients, since they are reduced once. That is
-done layer by layer in the last backward: the sum is freed before the next layer's is reduced, and the reduced gradient
-is freed before the next update's sums begin, so that the two never add up on a device. With optim_grads_params weights
-are gathered for the embedding and the head, which every micro-batch begins and ends with, and two layers: the one in
-use and the next. A frozen weight beside adapters takes what it is kept as, and as much when it is gathered.
+and, where an update has several micro-batches, or one whose weight gradients a schedule makes apart, 4 for the sum of
+their gradients, since they are reduced once. That is done layer by layer in the last backward: the sum is freed before
+the next layer's is reduced, and the reduced gradient is freed before the next update's sums begin, so that the two
+never add up on a device. With optim_grads_params weights are gathered for the embedding and the head, which every
+micro-batch begins and ends with, and two layers: the one in use and the next, but for routed experts. A frozen weight
+beside adapters takes what it is kept as, and as much when it is gathered.
 
 tests/parallel/test_state_memory.py counts all of it through steps of several layouts.
 """
@@ -153,7 +154,7 @@ def _gradients(job: Job, trained: Held) -> dict[str, Divided]:
     LoopedBFS is an upper bound.
     """
     (dense, experts), engine = data_ranks(job), job.engine
-    sums = engine.gradient if job.micro_batches > 1 else 0
+    sums = engine.gradient if job.micro_batches > 1 or job.splits_backwards else 0
     reduced = engine.reduced if not sums or job.settings.offload.optimizer_cpu_offload else 0
     return {"gradients": _of(trained, sums, sums), "reduced": _of(trained, reduced / dense, reduced / experts)}
 
@@ -189,13 +190,22 @@ def _kept(job: Job) -> Kept:
 
 
 def _gathered(job: Job, stages: Sequence[Stage]) -> Divided:
-    """Return the bytes of the weights that are gathered at once, adapters among them, in the layers' dtype."""
-    if job.settings.run.sharding == "optim_grads":
+    """Return the bytes of the weights that are gathered at once, adapters among them, in the layers' dtype.
+
+    By the layer it is two layers of a stage, since a backward asks for the one before, and one layer's routed experts,
+    which are a unit by themselves. While a unit is unpacked it is there twice, as routed experts are beside the
+    gradients of their weights, which are as large. Schedules that make weight gradients apart leave a stage gathered
+    from one backward to the next.
+    """
+    if job.settings.run.sharding == "optim_grads" or job.splits_backwards:
         return _weights(job, stages)
-    layers = [_weights(job, [layer], outside=False) for layer in layers_of(stages)]
-    most = max(layers, key=lambda layer: layer.all, default=Divided())
-    outside = held_outside(job.model, job.layout, stages, _kept(job))
-    return Divided(outside + 2 * most.dense, 2 * most.experts)
+    outside, experts = held_outside(job.model, job.layout, stages, _kept(job)), 2 if job.frozen_base else 1
+    most = Divided()
+    for units in ([_weights(job, [layer], outside=False) for layer in layers_of([stage])] for stage in stages):
+        for one, two in zip(units, [*units[1:], Divided()]):
+            both = Divided(one.dense + two.dense, experts * max(one.experts, two.experts))
+            most = max(most, both, key=lambda each: each.all)
+    return Divided(outside + most.dense, most.experts)
 
 
 def _weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:

@@ -53,7 +53,7 @@ def _memory(step: StepTime, rank: int, acts: list) -> Iterator[dict]:
     standing = memory.peak_bytes - memory.activations
     shapes = job.shapes()
     stages = {stage: stage_bytes(job, stage, shapes).replayed for stage in job.held(rank)}
-    for (during, behind), span in zip(levels(acts, stages), step.spans[rank]):
+    for (during, behind), span in zip(levels(acts, stages, job.pairs_overlap), step.spans[rank]):
         for when, size in ((span.start, during), (span.end, behind)):
             yield {"ph": "C", "pid": rank, "name": "memory", "ts": when * 1e6,
                    "args": {"GiB": round((standing + size) / 2**30, 3)}}

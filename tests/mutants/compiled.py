@@ -13,4 +13,5 @@ COMPILED = of(
     ("compiled._compile", "setattr(module, name, value.compiled(graphs))", "pass"),
     ("CrossEntropy.compiled", "functions(cross_entropy_gradient), False", "cross_entropy_gradient, False"),
     ("check_compiler", "if missing is not None:", "if missing is None:"),
+    ("fusibles_of", "is_accelerator(device) or ", ""),
 )

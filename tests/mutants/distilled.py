@@ -19,6 +19,9 @@ DISTILLED = of(
     ("VocabularyLogits.log_probabilities_of_all", ".clamp_(min=_NEVER)", ""),
     ("losses.divergence_of_top", "divergence.terms(log_p_TK, ", "divergence.terms(log_p_TK.detach(), "),
     ("Distillation.main", "_weighted(1 - self.settings.kd_ratio, lm_loss)", "lm_loss"),
+    ("Distillation._with_live", "each.of_first(self.head.num_ids)", "each"),
+    ("Distillation._with_live", ".at_temperature(self.settings.kd_temperature)", ""),
+    ("Distillation._with_cached", "logits.of_first(self.num_ids)", "logits"),
     ("DistillationSettings.factor", "self.kd_temperature**2", "self.kd_temperature"),
     ("NextToken.contribution", "range(1, 1 + predictions.num_depths)", "range(1, 1)"),
 ) + of(
@@ -26,7 +29,7 @@ DISTILLED = of(
     ("LossWeights.labels", " - (first & (self.counts > 0))", ""),
     ("CachedSampler._of_row", "torch.nonzero(weights_S).squeeze(-1)", "torch.arange(int((weights_S != 0).sum()))"),
     ("CachedDataset.keep", "np.maximum(log_rest, _LOWEST)", "log_rest"),
-    ("CachedDataset._mapped", "whole = size == found.offset + found.nbytes and", "whole ="),
+    ("CachedDataset._mapped", "size == found.offset + found.nbytes and", ""),
     ("same_tokens.refuse_other_vocabulary", "elif teacher_size != student_size:", "elif False:"),
     ("same_tokens.first_difference", "if there.get(number) != here.get(number))", "if number not in here)"),
 ) + of(
@@ -38,12 +41,10 @@ DISTILLED = of(
     ("teacher.head_rows", "whole_VH[tp.rank * columns:(tp.rank + 1) * columns]", "whole_VH[:columns]"),
 ) + of(
     LAYOUTS,
-    ("Distillation._with_live", "each.of_first(self.head.num_ids)", "each"),
     ("LiveTeacher._states", "predictions.head.inputs(predictions.states[0])", "predictions.states[0]"),
     ("Trainer.read_at_head", "whole_sequences(torch.cat(objective.kept), self.meshes)", "torch.cat(objective.kept)"),
 ) + of(
     RUNS,
-    ("Distillation._with_live", ".at_temperature(self.settings.kd_temperature)", ""),
     ("LogitCache._likeliest", ".at_temperature(made.kd_temperature)", ""),
     ("LogitCache._starts_left", "if not all(", "if all("),
     ("CachedDataset.finish", "self.done[samples] = True", "pass"),

@@ -58,8 +58,8 @@ POLICY = of(
     ("rl.rows._ids_and_weights", "sample.finished or not masks_unfinished", "True"),
 ) + of(
     HEAD,
-    ("VocabularyLogits.log_probabilities_among", "~(there_TM | all_T1)", "~there_TM"),
-    ("VocabularyLogits.log_probabilities_among", ".where(~all_T1.squeeze(-1), self.log_normalizer_T)", ""),
+    ("VocabularyLogits.log_probabilities_among", ".masked_fill(~there_TM, -torch.inf)", ""),
+    ("VocabularyLogits.log_probabilities_among", ".where(there_TM.any(-1), self.log_normalizer_T)", ""),
     ("VocabularyLogits.at_temperature", "self.wide_Tv / temperature", "self.wide_Tv * temperature"),
 ) + of(
     LAYOUTS,

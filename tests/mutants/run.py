@@ -22,7 +22,8 @@ from table import MUTANTS
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "megatron_deepseek"
-COPIED = (PACKAGE, "tests", "tools", "csrc", "pretrain_deepseek.py", "finetune_deepseek.py", "pyproject.toml")
+COPIED = (PACKAGE, "tests", "tools", "csrc", "benchmarks", "pretrain_deepseek.py", "finetune_deepseek.py",
+          "train_grpo.py", "pyproject.toml")
 
 
 def run(mutant: Mutant, tree: Path, timeout: float) -> str:

@@ -1,4 +1,4 @@
-"""Dry runs of tiny jobs: one after the other, of layers that are made again, with what is sent from rank to rank."""
+"""Dry runs of tiny jobs: one after the other, of layers that are made again, and of ranks that send to each other."""
 
 import pytest
 

@@ -48,6 +48,8 @@ def test_a_rank_of_a_pipeline(capsys, tmp_path):
     (rank,) = json.loads(files[0].read_text())["ranks"]
     assert rank["peak_bytes"] == max(level["bytes"] for level in rank["levels"]) == rank["peak"]["bytes"]
     assert sum(rank["peak"]["categories"].values()) == rank["peak_bytes"]
+    gradients = [each["of"] for each in rank["largest"] if each["category"] == "gradients"]
+    assert gradients and all(name.startswith("gradient of model.layers.") for name in gradients)
     acts = [level["act"] for level in rank["levels"] if level["act"].startswith(("F", "B"))]
     assert sorted(acts) == sorted(f"{kind}{number} of stage 0" for kind in "FB" for number in range(2))
     to_experts = [each for each in rank["collectives"] if each["kind"] == "all_to_all"]

@@ -72,11 +72,12 @@ def test_every_label_gets_its_own_predictions(rows, tmp_path):
     assert (batch.per_token[REST][is_label] == -1e4).all() and not ids_BSK[~is_label].any()
 
 
-def test_damaged_files_are_made_anew(rows, tmp_path):
+@pytest.mark.parametrize("damage", [lambda content: content[:-2], lambda content: content + b"12"])
+def test_damaged_files_are_made_anew(rows, tmp_path, damage):
     dataset = filled(rows, tmp_path / "cache")
     assert dataset.nbytes == int(dataset.starts[-1]) * (3 * 6 + 2) + 9
     file = dataset.folder / "log_probabilities.npy"
-    file.write_bytes(file.read_bytes()[:-2])
+    file.write_bytes(damage(file.read_bytes()))
     again = CachedDataset(tmp_path / "cache", DESCRIPTION, rows.prepared.prefixes[0], dataset.folder.name)
     assert not again.open()
     again.open_to_write()

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_engines import V3_MTP, engine, loaded, spread_weights, uncached_logits
+from small_engines import V3_MTP as TWO_LAYERS
+from small_engines import engine, loaded, spread_weights, uncached_logits
 from small_models import training_batch, whole_stage
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -19,6 +20,7 @@ from megatron_deepseek.training.trainer import Trainer, TrainingSpec
 WISHES = SamplingParameters(max_tokens=8, temperature=1.3, seed=5, drawn_logprobs=True, kept_ids=True,
                             chosen_experts=True)
 PROMPT = [5, 9, 2, 44, 17, 3, 8, 31, 20, 6]
+V3_MTP = replace(TWO_LAYERS, num_hidden_layers=3)  # two with experts
 TRAINED = replace(V3_MTP, num_nextn_predict_layers=0)
 PLACES = 20
 

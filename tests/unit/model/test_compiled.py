@@ -12,7 +12,7 @@ from small_trainers import batch_of, trainer
 
 from megatron_deepseek.model import compiled
 from megatron_deepseek.model.build import Precision, shape_stages
-from megatron_deepseek.model.compiled import FUSIBLES, check_compiler, compile_stages
+from megatron_deepseek.model.compiled import FUSIBLES, check_compiler, compile_stages, fusibles_of
 from megatron_deepseek.model.router import route
 from megatron_deepseek.ops.cross_entropy import CrossEntropy, cross_entropy_gradient, cross_entropy_statistics
 from megatron_deepseek.ops.fusible import Graph
@@ -22,7 +22,7 @@ from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.torch_private import compiled_so_far
 
 BY_FUNCTION = {each.function: each for each in FUSIBLES}
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_a_graph_computes_what_its_function_does_for_any_number_of_tokens(functi
 def test_modules_hold_graphs_in_place_of_functions(meshes, config):
     """All of a function that there are: norms wherever they stand, SwiGLU within GEMMs, the loss in the head."""
     stages = shape_stages(config, [whole_stage(config)], meshes, 8)
-    compile_stages(stages, "eager")
+    compile_stages(stages, "eager", GPU)
     (stage,) = stages
     held = [value for module in stage.modules() for value in vars(module).values()]
     held += [gemm.swiglu for gemm in held if hasattr(gemm, "swiglu")]
@@ -83,6 +83,11 @@ def test_modules_hold_graphs_in_place_of_functions(meshes, config):
     graphs = {each.function for each in held if isinstance(each, Graph)}
     others = {rope_queries, assemble_keys, route} if config is LLAMA_SMALL else {apply_rope_to_halves}
     assert graphs == BY_FUNCTION.keys() - others
+
+
+def test_what_is_slower_as_a_graph_on_a_cpu_is_none_there():
+    assert fusibles_of(GPU) == [*FUSIBLES]
+    assert {each.function for each in FUSIBLES} - {each.function for each in fusibles_of(CPU)} == {assemble_keys, route}
 
 
 def test_functions_are_left_where_nothing_is_compiled(meshes):

@@ -12,7 +12,7 @@ from megatron_deepseek.planning.gpus import find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import FITS, OOM, all_ranks, largest_terms, rank_memory, verdict, worst
 from megatron_deepseek.planning.report import plan_memory
-from megatron_deepseek.planning.state_bytes import state_parts
+from megatron_deepseek.planning.state_bytes import Divided, state_parts
 from megatron_deepseek.planning.tasks import Task, cache_bytes_of_token
 from megatron_deepseek.settings import Settings
 
@@ -55,10 +55,15 @@ V3 = ("--pipeline-model-parallel-size 16 --pipeline-schedule DualPipeV --expert-
 
 
 def test_weights_that_are_gathered_by_the_layer():
-    """Two units at a time instead of all, and sums of gradients still whole."""
-    once, by_layer = (state_parts(job(f"{V3} {more}", 2048), 5) for more in (
-        "", "--data-parallel-sharding-strategy optim_grads_params"))
-    assert by_layer.gathered.all == once.gathered.all / 2 and by_layer.gradients == once.gradients
+    """Two layers at a time instead of four, of one only the routed experts, and sums of gradients still whole. Where
+    weight gradients are made apart, all of them.
+    """
+    by_layer = "--data-parallel-sharding-strategy optim_grads_params"
+    for schedule, dense, experts in (("1F1B", 2, 4), ("DualPipeV", 1, 1)):
+        plain = V3.replace("DualPipeV", schedule)
+        once, divided = (state_parts(job(f"{plain} {more}", 2048), 5) for more in ("", by_layer))
+        assert divided.gathered == Divided(once.gathered.dense / dense, once.gathered.experts / experts)
+        assert divided.gradients == once.gradients
 
 
 def test_every_part_is_in_the_largest_terms():
