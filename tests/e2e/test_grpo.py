@@ -133,7 +133,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, alone, death):
     assert bench.weights(save) == bench.weights("alone")
 
 
-TWO_UPDATES = ("--train-iters", "2", "--kl", "unbiased", "--kl-beta", "0.1", "--global-batch-size", "8")
+TWO_UPDATES = ("--train-iters", "2", "--kl", "unbiased", "--kl-beta", "0.1", "--global-batch-size", "8",
+               "--keep-routing")
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,7 @@ def expected(bench) -> list[dict]:
 @pytest.mark.parametrize("layout", [
     "--expert-model-parallel-size 2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
         "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel",
-        "--context-parallel-size 2", "--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble --keep-routing"
-    ))])
+        "--context-parallel-size 2", "--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble"))])
 def test_ranks_draw_the_same_samples_and_learn_the_same(bench, expected, layout):
     """Two ranks of a training layout, among which the prompts of a rollout are divided as the engine's layout says."""
     save = layout.replace(" ", "")
