@@ -5,6 +5,7 @@ from collections.abc import Callable
 from megatron_deepseek.arguments.grpo import CONSTANT, NO_CORRECTION, NO_KL, PENALTY
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import Rule
+from megatron_deepseek.rewards.spec import parse_rewards
 
 
 def _rule(name: str, when: Callable[[Request], bool], message: str) -> Rule:
@@ -27,6 +28,12 @@ def _no_experts(r: Request) -> bool:
     return not r.model.n_routed_experts
 
 
+def _reward_error(r: Request) -> bool:
+    """Return False, or raise the ValueError of the reader of --reward."""
+    parse_rewards(r.args.reward)
+    return False
+
+
 def _cuts_heads(r: Request) -> bool:
     size = r.args.rollout_tensor_parallel_size
     return size is not None and bool(r.model.num_attention_heads % size)
@@ -35,6 +42,8 @@ def _cuts_heads(r: Request) -> bool:
 _UNUSED = "--rollout-{0}-parallel-size {{r.args.rollout_{0}_parallel_size}} does not divide "
 
 GRPO = (
+    _rule("a reward is unknown, unreadable or there twice", _reward_error,
+          "(the reader of --reward says which, and what is wrong with it)"),
     _rule("a group needs two answers", lambda r: r.args.grpo_group_size < 2,
           "--grpo-group-size {r.args.grpo_group_size} must be at least 2: an answer is compared with the others to its "
           "prompt"),

@@ -11,7 +11,6 @@ from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.data.tokenizer import build_tokenizer
 from megatron_deepseek.evaluation.while_training import TrainingTasks
 from megatron_deepseek.finetuning.data import with_tokenizer
-from megatron_deepseek.rewards.spec import parse_rewards
 from megatron_deepseek.rl.collecting import Collector, PromptSource
 from megatron_deepseek.rl.held_out import HeldOut
 from megatron_deepseek.rl.judging import Judge
@@ -45,7 +44,6 @@ class Reinforcement(Task):
     def check(self, settings: Settings) -> Settings:
         settings = with_tokenizer(settings)
         self._tasks.load(settings)
-        parse_rewards(settings.reinforcement.reward)
         self._prompts = _read("--prompts", settings.reinforcement.prompts, settings)
         if settings.reinforcement.eval_prompts:
             self._held_out = _read("--eval-prompts", settings.reinforcement.eval_prompts, settings)

@@ -13,6 +13,7 @@ from megatron_deepseek.rl_settings import PolicyLossSettings, ReinforcementSetti
 
 BASE = "--model tiny --prompts p.jsonl --reward exact --train-iters 8 --seq-length 256 --max-completion-length 64"
 REFUSED = {
+    "a reward is unknown, unreadable or there twice": ("--reward mathe", "--reward mathe: mathe is none of"),
     "a group needs two answers": ("--grpo-group-size 1", "--grpo-group-size 1 must be at least 2"),
     "the updates of a rollout do not have its samples": (
         "--global-batch-size 24", "32 x --grpo-group-size 8 = 256 samples are not a multiple of --global-batch-size"),
