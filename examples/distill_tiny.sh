@@ -1,5 +1,5 @@
 #!/bin/bash
-# A dense student of 1.2 million parameters (Qwen2's form) learns from the DeepSeek-V3 that finetune_tiny.sh trains:
+# A dense student of 0.6 million parameters (Qwen2's form) learns from the DeepSeek-V3 that finetune_tiny.sh trains:
 # `make distill` runs this twice, with TEACHER= a cache of its predictions (tools/cache_logits.py) and without, for labels
 # alone. With NNODES= nodes, which share RUN_DIR, it tries out a cluster.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
