@@ -44,10 +44,8 @@ REWARDED = of(
     ("_of_model", "if path and not Path(text.removeprefix(MODEL + \":\")).is_dir():", "if path:"),
 ) + of(
     WORKERS,
-    ("Worker.call", "            self.kill()\n            return told", "            return told"),
-    ("_Deadline._end", "_kill_group(self.process)", "os.kill(self.process, signal.SIGTERM)"),
+    ("_Deadline._end", "self.passed = True", "pass"),
     ("_environment", "if name not in _OF_JOB", ""),
-    ("worker._say", "os._exit(0)", "pass"),
     ("rewards.worker.main", "ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)", "pass"),
     ("RewardWorkers._alone", "if failure.kind not in (RAISED, TIMED_OUT, DIED) or count == 1:", "if True:"),
     ("RewardWorkers._alone", "if failure.kind not in (RAISED, TIMED_OUT, DIED) or count == 1:", "if count == 1:"),
