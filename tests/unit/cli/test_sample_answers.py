@@ -15,7 +15,9 @@ from small_engines import V3_MTP
 from megatron_deepseek.cli.generate import main as generate
 from megatron_deepseek.cli.sample_answers import main
 from megatron_deepseek.cli.sample_answers_run import beside
+from megatron_deepseek.cli.sample_judge import judged_digest
 from megatron_deepseek.finetuning.formats import to_conversation
+from megatron_deepseek.rewards.spec import parse_rewards
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"Say {word}"}], "answer": word} for word in
              ("one", "two", "three", "four", "five", "six")]
@@ -90,8 +92,10 @@ def test_what_is_kept_passes_and_what_is_not_has_a_reason(whole):
 
 
 def test_rows_are_read_by_fine_tuning(whole):
+    answers = {line["number"]: line["answers"] for line in lines_of(whole / "rows.answers.jsonl")}
     for row in lines_of(whole / "rows.jsonl"):
         turns = to_conversation(row).turns
+        assert turns[1].content == answers[row["row"]][row["sample"]]["content"]
         assert [turn.role for turn in turns] == ["user", "assistant"]
         assert turns[0].content == QUESTIONS[row["row"] - 1]["messages"][0]["content"] and turns[1].content
         assert row["reward"] == row["rewards"]["regex"] == 1
@@ -118,6 +122,16 @@ def test_other_rewards_ask_nothing_again_and_other_sampling_does(bench, whole, t
     assert (tmp_path / "rows.jsonl").read_bytes() == b"" and "reward too low" in capsys.readouterr().out
     with pytest.raises(TypeError):
         main(words(bench, tmp_path / "rows.jsonl", "--min-p", "0.1"))
+
+
+def test_rewards_are_told_apart_by_options_and_files_but_not_by_weights(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(): ...\n")
+    texts = ["regex(pattern=a)", "regex(pattern=b)", f"{file}:f"]
+    digests = [judged_digest(parse_rewards([text])) for text in texts]
+    assert len(set(digests)) == 3 and judged_digest(parse_rewards([f"{texts[0]}:2"])) == digests[0]
+    file.write_text("def f(): return []\n")
+    assert judged_digest(parse_rewards([texts[2]])) not in digests
 
 
 def test_reasoning_has_a_field_of_its_own(bench, tmp_path):
