@@ -14,4 +14,10 @@ COMPILED = of(
     ("CrossEntropy.compiled", "functions(cross_entropy_gradient), False", "cross_entropy_gradient, False"),
     ("check_compiler", "if missing is not None:", "if missing is None:"),
     ("fusibles_of", "is_accelerator(device) or ", ""),
+) + of(
+    ("tests/parallel/test_compiled_layers.py",),
+    ("build_stages", "compile_stages(stages, options.compiler, meshes.device)", "pass"),
+) + of(
+    ("tests/unit/serving/test_served_compiled.py",),
+    ("load_settings", "compile=args.compile)", "compile=False)"),
 )

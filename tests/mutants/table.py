@@ -180,6 +180,9 @@ GROUPED = of(
     ("GroupedDispatcher._on_this_node", "experts_QK - self.levels.across.get_local_rank() * number", "experts_QK"),
     ("GroupedDispatcher._one_for_each_node", "nodes_N.where(needed_TN[:, :num_nodes], DROPPED)",
      "nodes_N.where(needed_TN[:, :num_nodes], 0)"),
+) + of(
+    ("tests/parallel/test_collective_bytes.py",),
+    ("GroupedDispatcher._one_for_each_node", "needed_TN.scatter_(1, node_TK, True)", "needed_TN.fill_(True)"),
 )
 
 SLICES = of(
