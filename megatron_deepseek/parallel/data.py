@@ -138,27 +138,35 @@ def gathered_parameters(unit: nn.Module) -> Iterator[tuple[nn.Parameter, torch.T
             yield parameter.sharded_param, parameter.unsharded_param
 
 
+def _named_parameters_of(module: nn.Module) -> Iterator[tuple[str, FSDPParam]]:
+    """Yield FSDP's own records of the parameters of all units in `module`, with their names there."""
+    names = {each: name for name, each in module.named_modules()}
+    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+        place = parameter._module_info
+        yield f"{names[place.module]}.{place.param_name}".removeprefix("."), parameter
+
+
 def gathered_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the memory of gathered weights, with their names in `module`, of those units that were gathered once; it
     may be empty now.
     """
-    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+    for name, parameter in _named_parameters_of(module):
         for tensor in (*parameter.all_gather_outputs, *parameter._unsharded_inner_tensors):
-            yield parameter._param_fqn, tensor
+            yield name, tensor
         if hasattr(parameter, "_unsharded_param"):
-            yield parameter._param_fqn, _plain(parameter._unsharded_param)
+            yield name, _plain(parameter._unsharded_param)
 
 
 def held_gradients(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the gradients that are there, with their weights' names in `module`: of shards, and of gathered weights
     that are not reduced yet.
     """
-    for parameter in (each for unit in module.modules() for each in _parameters_of(unit)):
+    for name, parameter in _named_parameters_of(module):
         whole = getattr(parameter, "_unsharded_param", None)
         for each in (parameter.sharded_param.grad, parameter.unsharded_accumulated_grad,
                      None if whole is None else whole.grad):
             if each is not None:
-                yield parameter._param_fqn, _plain(each)
+                yield name, _plain(each)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
