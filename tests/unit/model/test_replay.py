@@ -149,7 +149,7 @@ def test_a_recomputed_forward_replays(meshes):
 def test_graphs_replay(meshes):
     """As compiled functions do; with aot_eager, whose graphs are the compiler's."""
     plain, compiled = trainer(meshes), trainer(meshes)
-    compile_stages(compiled.stages, "aot_eager")
+    compile_stages(compiled.stages, "aot_eager", meshes.device)
     for experts in (given_experts(), None, given_experts()):
         results = [each.train_step(given_batch(experts), 0.0) for each in (plain, compiled)]
         assert results[1].losses.lm_loss == pytest.approx(results[0].losses.lm_loss, rel=EXACT)
