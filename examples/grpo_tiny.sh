@@ -24,7 +24,7 @@ TRAINING_ARGS=(
     --train-iters "$STEPS"
     --micro-batch-size 8
     --seq-length 128
-    --lr 3e-4
+    --lr 1e-4
     --seed "$SEED"
     --moe-router-load-balancing-type none
 )
