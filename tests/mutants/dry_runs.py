@@ -29,7 +29,6 @@ DRY_RUNS = of(
 ) + of(
     JOBS,
     ("SendingStage._send", 'if self.device.type != "cuda":', "if False:"),
-    ("fake_job.fake_job", "        _clear_sharding_prop_cache()\n", ""),
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),
