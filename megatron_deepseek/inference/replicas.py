@@ -61,7 +61,7 @@ class Replicas:
 
     def __init__(self, model: LoadedModel, settings: EngineSettings, stream: bool = False):
         layout = model.meshes.layout
-        self.engine = Engine(model, settings, lockstep=layout.ep > layout.tp)  # else experts lie within a replica
+        self.engine = Engine(model, settings, lockstep=layout.shares_experts)  # else experts lie within a replica
         self.layout, self.stream = layout, stream
         self.replica, self.first_of_replica = model.meshes.rank("dp"), model.meshes.rank("tp") == 0
         self._commands: list[_Add | _Abort | _Close] = []

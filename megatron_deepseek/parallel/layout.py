@@ -34,6 +34,11 @@ class Layout:
     def world_size(self) -> int:
         return self.dp * self.pp * self.tp * self.cp
 
+    @property
+    def shares_experts(self) -> bool:
+        """Return whether ranks of several tensor-parallel groups share experts, so that all must step together."""
+        return self.tp % self.ep != 0
+
 
 def nodes_divide(ep: int, etp: int, ranks_per_node: int) -> bool:
     """Return whether ep x etp expert ranks are on one node, or on whole nodes that keep etp ranks together."""

@@ -16,7 +16,7 @@ ROLLOUTS = of(
     ("engine_layout", "rollout.tp or training.tp", "training.tp"),
     ("engine_layout", "Layout(dp=world // tp", "Layout(dp=training.dp"),
     ("check_base", "(there.codes, there.scales)", "(there.codes, here.scales)"),
-    ("spans_replicas", "layout.tp % layout.ep != 0", "layout.ep > 1"),
+    ("Layout.shares_experts", "self.tp % self.ep != 0", "self.ep > self.tp"),
     ("seed_of", ":{rollout}:{number}", ":{number}"),
     ("EngineWeights.__init__", "build.precision.activations", "build.precision.master"),
     ("gather_samples", "keys[begin:begin + SAMPLES_AT_A_TIME]", "keys[:SAMPLES_AT_A_TIME]"),

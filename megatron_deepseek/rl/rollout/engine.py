@@ -28,7 +28,7 @@ from megatron_deepseek.inference.sampling_parameters import SamplingParameters
 from megatron_deepseek.inference.settings import EngineSettings
 from megatron_deepseek.parallel.sums import sum_numbers
 from megatron_deepseek.rl.rollout.gathering import gather_samples
-from megatron_deepseek.rl.rollout.layout import engine_layout, spans_replicas
+from megatron_deepseek.rl.rollout.layout import engine_layout
 from megatron_deepseek.rl.rollout.weights import EngineWeights
 from megatron_deepseek.rl.samples import Sample
 from megatron_deepseek.rl_settings import RolloutSettings
@@ -61,7 +61,7 @@ class RolloutEngine:
         weights = self.weights
         model = LoadedModel(weights.load(), weights.config, weights.meshes, weights.meshes.device, weights.dtype,
                             self.tokenizer, self.ends)
-        self._engine = Engine(model, self.settings, lockstep=spans_replicas(self.layout))
+        self._engine = Engine(model, self.settings, lockstep=self.layout.shares_experts)
 
     def release(self) -> None:
         """Free the weights and the cache."""

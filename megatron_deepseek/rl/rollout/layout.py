@@ -46,8 +46,3 @@ def check_base(config: ModelConfig, base: BaseSettings, training: Layout, engine
         if (here.codes, here.scales) != (there.codes, there.scales):
             raise ValueError(f"{TP_OPTION} {engine.tp}: with --quantization-bit {base.quantization_bit} the scales of "
                              f"{row.name} are of other rows than with training's {training.tp} tensor-parallel ranks")
-
-
-def spans_replicas(layout: Layout) -> bool:
-    """Return whether ranks of several replicas share experts, so that all must make the same forwards."""
-    return layout.tp % layout.ep != 0

@@ -18,7 +18,7 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.tensor import ParallelLinear
 from megatron_deepseek.rl.rollout import gathering
 from megatron_deepseek.rl.rollout.engine import RolloutEngine, seed_of
-from megatron_deepseek.rl.rollout.layout import check_base, engine_layout, spans_replicas
+from megatron_deepseek.rl.rollout.layout import check_base, engine_layout
 from megatron_deepseek.rl_settings import RolloutSettings
 from megatron_deepseek.training.trainer import Trainer
 
@@ -54,7 +54,8 @@ def test_bytes_that_would_be_divided_otherwise_are_refused():
 
 
 def test_replicas_that_share_experts_step_together():
-    assert [spans_replicas(Layout(dp=4, tp=2, ep=ep)) for ep in (1, 2, 4)] == [False, False, True]
+    assert [Layout(dp=4, tp=2, ep=ep).shares_experts for ep in (1, 2, 4)] == [False, False, True]
+    assert Layout(dp=2, tp=3, ep=2).shares_experts
 
 
 def check_samples(trainer: Trainer, tolerance: float) -> RolloutEngine:
