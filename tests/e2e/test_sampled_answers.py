@@ -100,8 +100,10 @@ def fine_tuning(folder: Path) -> Sequence[str]:
         folder / "cache", "--num-workers", 1, "--dry-run"))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--expert-model-parallel-size", "2"), ("--tensor-model-parallel-size", "2")])
+@pytest.mark.parametrize("options", [
+    pytest.param((), marks=pytest.mark.long),
+    pytest.param(("--expert-model-parallel-size", "2"), marks=pytest.mark.slow),
+    pytest.param(("--tensor-model-parallel-size", "2"), marks=pytest.mark.long)])
 def test_two_ranks_give_the_same_bytes(bench, whole, options):
     name = "ranks" + "-".join(options)
     bench.run(name, *options, num_ranks=2)

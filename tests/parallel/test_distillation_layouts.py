@@ -22,6 +22,8 @@ MORE = (
     DistillationCase(kd_loss="jsd", pp=2, dp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=4, router="dense",
                      attention="grouped", tied=True, teacher_ep=2),
     DistillationCase(kd_loss="forward-kl", tp=2, cp=2, dp=2, etp=2, chunk=3, microbatches=1, micro_batch_size=2),
+)
+FURTHER = (
     DistillationCase(kd_loss="reverse-kl", tp=2, dp=2, sp=True, microbatches=2, lora="all+router+mtp", mtp=1,
                      reshard=True),
     DistillationCase(kd_loss="reverse-kl", pp=4, dp=2, schedule="Interleaved1F1B", virtual=2, microbatches=4,
@@ -38,7 +40,8 @@ def teacher(tmp_path_factory) -> Path:
     return write_hf(tmp_path_factory.mktemp("distillation") / "teacher", weights, TEACHER.to_hf_dict())
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE),
+                                  *(pytest.param(case, marks=pytest.mark.long) for case in FURTHER)], ids=str)
 def test_layout_learns_as_one_process(ranks, teacher, case):
     (alone,) = ranks.run(1, run_alone, case, teacher)
     found = differences(ranks.run(case.layout.world_size, run_distillation, case, teacher), alone)

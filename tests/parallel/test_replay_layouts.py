@@ -19,11 +19,10 @@ CASES = (
     Case(tp=2, cp=2, ep=4, dispatcher="grouped", node=2, microbatches=2, packed=True, replay=True),
     Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2, replay=True),
 )
-SCHEDULED = tuple(
+FURTHER = tuple(
     Case(pp=2, schedule=schedule, virtual=2 if schedule_rules.takes_virtual_stages(schedule, 2) else 1, microbatches=4,
          mtp=1, placement="last", recompute="moe_act", replay=True) for schedule in schedule_rules.SCHEDULES)
 MORE = (
-    *SCHEDULED,
     Case(cp=4, tp=2, sp=True, ep=4, dispatcher="allgather", cp_type="allgather", mtp=2, padded=True, replay=True),
     Case(dp=2, etp=2, dispatcher="allgather", router="group_limited", shared=2, overlap=True, replay=True),
     Case(dp=2, tp=2, ep=2, capacity="position", microbatches=2, mtp=1, replay=True),
@@ -33,7 +32,8 @@ MORE = (
 )
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE),
+                                  *(pytest.param(case, marks=pytest.mark.long) for case in FURTHER)], ids=str)
 def test_layout_replays_as_one_process(ranks, case):
     (alone,) = ranks.run(1, run_reference, case.reference, STEPS)
     records = ranks.run(case.layout.world_size, run_case, case, STEPS)

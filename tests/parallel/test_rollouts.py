@@ -19,8 +19,10 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
     (Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, tied=True, placement="last"),
      dict(tp=2, ep=4)),
     (Case(tp=2, cp=2, ep=2, etp=2, sp=True, shared=2, lora="all+router"), dict(tp=1, ep=2)),
+    (Case(dp=3, tp=2, router="group_limited", ep=2), dict(tp=2)))]
+CASES += [pytest.param(*case, marks=pytest.mark.long) for case in (
     (Case(tp=2), {}), (Case(pp=2, schedule="1F1B", microbatches=2, tied=True), {}), (Case(dp=2), {}),
-    (Case(dp=2, ep=2), {}), (Case(cp=2), dict(tp=2)), (Case(dp=3, tp=2, router="group_limited", ep=2), dict(tp=2)),
+    (Case(dp=2, ep=2), {}), (Case(cp=2), dict(tp=2)),
     (Case(pp=2, schedule="Interleaved1F1B", virtual=2, microbatches=2, mtp=1, tp=2, lora="all+router+mtp"), {}),
     (Case(tp=2, dp=2, router="dense", attention="grouped", offload_optimizer=True), dict(tp=4)),
     (Case(dp=4, ep=4, attention="no_q_lora", router="greedy"), dict(tp=2, ep=1)))]
