@@ -66,16 +66,16 @@ def balance_loss(routing: Routing, num_sequences: int, config: ModelConfig, weig
             dist.all_reduce(counts, group=sequence_group)
 
     counts_BE, sent_BG, tokens_B1 = (x.to(scores_BSE.dtype) for x in (counts_BE, sent_BG, tokens_B1.clamp(min=1)))
-    f_BE = counts_BE * config.n_routed_experts / (config.num_experts_per_tok * tokens_B1)
+    pooled = 1 if weights.per_sequence else num_sequences  # is in the factors, which are kept for the backward anyway
+    f_BE = pooled * counts_BE * config.n_routed_experts / (config.num_experts_per_tok * tokens_B1)
     p_BE = scores_BSE.sum(1) / tokens_B1
     p_BG = p_BE.unflatten(-1, (num_groups, -1)).sum(-1)
     f_device_BG = f_BE.unflatten(-1, (num_groups, -1)).mean(-1)
-    f_communication_BG = sent_BG * num_groups / (config.topk_group * tokens_B1)
+    f_communication_BG = pooled * sent_BG * num_groups / (config.topk_group * tokens_B1)
 
     loss = weights.expert * (f_BE * p_BE).sum()
     loss = loss + weights.device * (f_device_BG * p_BG).sum()
-    loss = loss + weights.communication * (f_communication_BG * p_BG).sum()
-    return loss if weights.per_sequence else loss * num_sequences
+    return loss + weights.communication * (f_communication_BG * p_BG).sum()
 
 
 def _filled_sequences(routed_BS: torch.Tensor, sequence_group: dist.ProcessGroup | None) -> torch.Tensor:

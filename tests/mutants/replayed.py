@@ -2,7 +2,7 @@
 
 from mutant import of
 
-STEP = ("tests/unit/model/test_replay.py",)
+STEP = ("tests/unit/model/test_kept_routing.py",)
 SAMPLING = ("tests/unit/inference/test_sampling.py",)
 READINGS = ("tests/unit/inference/test_rollout_readings.py",)
 KEPT = ("tests/unit/rl/test_kept_rollouts.py",)

@@ -396,7 +396,7 @@ BALANCE_LOSS = of(
      "for counts in (counts_BE, sent_BG, tokens_B1):", "for counts in (counts_BE, tokens_B1):"),
     ("balance_loss.balance_loss",
      "for counts in (counts_BE, sent_BG, tokens_B1):", "for counts in (sent_BG, tokens_B1):"),
-    ("balance_loss.balance_loss", "return loss if weights.per_sequence else loss * num_sequences", "return loss"),
+    ("balance_loss.balance_loss", "1 if weights.per_sequence else num_sequences", "1"),
     ("balance_loss.balance_loss", "p_BE = scores_BSE.sum(1) / tokens_B1", "p_BE = scores_BSE.mean(1)"),
     ("_choices",
      "    experts_TK = choose_experts(routing.scores_TE, None, config) if config.topk_method == \"noaux_tc\" \\\n"
@@ -404,7 +404,7 @@ BALANCE_LOSS = of(
      "    experts_TK = routing.experts_TK"),
     ("_AttachLoss.backward", "return grad, grad.new_ones((), dtype=ctx.loss_dtype)",
      "return grad, 0.5 * grad.new_ones((), dtype=ctx.loss_dtype)"),
-    ("balance_loss.balance_loss", "f_communication_BG = sent_BG * num_groups", "f_communication_BG = sent_BG"),
+    ("balance_loss.balance_loss", "pooled * sent_BG * num_groups", "pooled * sent_BG"),
 )
 
 CAPACITY = of(

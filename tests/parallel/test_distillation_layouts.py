@@ -14,9 +14,9 @@ from small_checkpoints import random_weights, write_hf
 CASES = (
     DistillationCase(pp=2, tp=2, sp=True, schedule="1F1B", microbatches=3, router="dense", attention="grouped",
                      teacher_ep=2, chunk=3, packed=True),
-    DistillationCase(kd_loss="reverse-kl", cp=2, dp=2, ep=2, microbatches=2, mtp=1, teacher_ep=4),
 )
 MORE = (
+    DistillationCase(kd_loss="reverse-kl", cp=2, dp=2, ep=2, microbatches=2, mtp=1, teacher_ep=4),
     DistillationCase(kd_loss="jsd", pp=2, tp=2, schedule="DualPipeV", virtual=2, microbatches=4, ep=2, mtp=1,
                      placement="last"),
     DistillationCase(kd_loss="jsd", pp=2, dp=2, schedule="ZBVZeroBubble", virtual=2, microbatches=4, router="dense",

@@ -1,7 +1,7 @@
 """Kept routing under layouts against one process, in float64, to 1e-9: losses, counts, every gradient, updated weights.
 
 Experts are drawn, for some of the tokens of each layer; the others are left to the routers. What one process computes
-is held against a plain model by tests/unit/model/test_replay.py.
+is held against a plain model by tests/unit/model/test_kept_routing.py.
 """
 
 import pytest
@@ -17,12 +17,12 @@ STEPS = 2
 CASES = (
     Case(pp=2, schedule="1F1B", tp=2, sp=True, ep=2, microbatches=2, mtp=1, padded=True, recompute="full", replay=True),
     Case(tp=2, cp=2, ep=4, dispatcher="grouped", node=2, microbatches=2, packed=True, replay=True),
-    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2, replay=True),
 )
 FURTHER = tuple(
     Case(pp=2, schedule=schedule, virtual=2 if schedule_rules.takes_virtual_stages(schedule, 2) else 1, microbatches=4,
          mtp=1, placement="last", recompute="moe_act", replay=True) for schedule in schedule_rules.SCHEDULES)
 MORE = (
+    Case(pp=2, schedule="DualPipeV", virtual=2, dp=2, ep=2, microbatches=4, mtp=1, turns=True, shared=2, replay=True),
     Case(cp=4, tp=2, sp=True, ep=4, dispatcher="allgather", cp_type="allgather", mtp=2, padded=True, replay=True),
     Case(dp=2, etp=2, dispatcher="allgather", router="group_limited", shared=2, overlap=True, replay=True),
     Case(dp=2, tp=2, ep=2, capacity="position", microbatches=2, mtp=1, replay=True),
