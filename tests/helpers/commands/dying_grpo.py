@@ -16,7 +16,7 @@ from megatron_deepseek.rl.task import reinforce
 from megatron_deepseek.rewards.workers import RewardWorkers
 from megatron_deepseek.training.trainer import Trainer
 
-WHAT = {"token": (Engine, "step"), "reward": (RewardWorkers, "score"), "step": (Trainer, "train_step"),
+WHAT = {"token": (Engine, "step_to_ends"), "reward": (RewardWorkers, "score"), "step": (Trainer, "train_step"),
         "score": (Trainer, "score"), "record": (Records, "write"), "save": (maker, "write_rollout"),
         "reference": (reference.Reference, "_keep")}
 
