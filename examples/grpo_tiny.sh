@@ -8,7 +8,7 @@ count NNODES
 GPUS_PER_NODE=${NPROC:-${GPUS_PER_NODE:-2}}  # processes; on a machine without GPUs they share the cores
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS_PER_NODE ? CORES / GPUS_PER_NODE : 1))}
-STEPS=${STEPS:-50}
+STEPS=${STEPS:-32}
 SEED=${SEED:-1234}
 RUN_DIR=${RUN_DIR:-runs/tiny}
 

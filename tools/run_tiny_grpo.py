@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=values.path, default=Path("runs/tiny"),
                         help="the directory of run_tiny_finetuning.py (runs/tiny)")
-    parser.add_argument("--steps", type=values.positive_int, default=50, help="updates of each run (50)")
+    parser.add_argument("--steps", type=values.positive_int, default=32, help="updates of each run (32)")
     parser.add_argument("--seeds", type=values.count, nargs="+", default=[1, 2, 3], help="a run of each (1 2 3)")
     parser.add_argument("--nproc", type=int, choices=run_tiny.PROCESSES, help="processes (2; with GPUs one for each)")
     parser.add_argument("--overwrite", action="store_true", help="remove the runs that are there if they are others")
