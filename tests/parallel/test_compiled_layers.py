@@ -40,7 +40,9 @@ CASES = (
     compiled(pp=2, schedule="GPipe", microbatches=2, capacity="position", moments="bf16"),
     compiled(pp=2, schedule="Interleaved1F1B", virtual=2, microbatches=2, forced=True, frozen=1),
 )
-SHOWN = [pytest.param(case, id=str(case), marks=() if case is CASES[0] else pytest.mark.slow) for case in CASES]
+FURTHER = CASES[7:]  # left to `make test-long`
+SHOWN = [pytest.param(case, id=str(case), marks=() if case is CASES[0] else pytest.mark.long if case in FURTHER
+                      else pytest.mark.slow) for case in CASES]
 OVER_BFLOAT16 = compiled(dp=2, microbatches=2)
 
 
