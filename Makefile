@@ -33,7 +33,7 @@ help:
 	@echo '                tools/serve.py'
 	@echo 'make test       check the style, run the tests; WORKERS= files of tests at a time (now: $(WORKERS))'
 	@echo 'make test-all   the same, and the tests that are marked slow; llama.cpp, for some, goes to $(LLAMA_CPP)'
-	@echo 'make test-long   further layouts and kills of what test-all tries, which are left out there (half an hour)'
+	@echo 'make test-long   further layouts and kills of what test-all tries, which are left out there'
 	@echo 'make test-engines   install other programs to compare with (PEFT, TRL, llama.cpp, and vLLM for CPUs, 3.5 GB, in'
 	@echo '                $(VLLM)), and compare with them: models, losses'
 	@echo 'make test-core VERSION=0.19.2   exchange checkpoints with that release of megatron-core (in .core-VERSION)'
