@@ -100,8 +100,8 @@ def results(run_dir: Path) -> list[str]:
     for name, path in (("the teacher", run_dir / "finetuned"), ("labels alone", folder / ALONE),
                        ("with the teacher", folder / TAUGHT)):
         records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        last = [record for record in records if "eval_loss" in record][-1]
-        lines.append(f"{name:28s} {last['eval_loss']:10.3f} {last['eval_token_accuracy']:12.1%}")
+        held_out = [record for record in records if "eval_loss" in record]
+        lines += [f"{name:28s} {last['eval_loss']:10.3f} {last['eval_token_accuracy']:12.1%}" for last in held_out[-1:]]
     return [*lines, "", f"{'students':14s} {folder / ALONE}, {folder / TAUGHT}",
             f"{'loss curves':14s} {loss_curve(run_dir)}"]
 
