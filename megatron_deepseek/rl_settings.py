@@ -44,7 +44,7 @@ class RolloutSettings:
 
     `max_tokens`: of a completion. `keep_routing`: training sends tokens to the experts that the rollout chose.
     `keep_sampling_mask`: training's probabilities are among the tokens that top_k, top_p and min_p left. `tp`, `ep`: of
-    the engine, None for those of training, where these fit. `engine_memory`: bytes for its cache, None for its default.
+    the engine, None for those of training, where these fit.
     """
 
     prompts: int = 32
@@ -59,7 +59,6 @@ class RolloutSettings:
     keep_sampling_mask: bool = False
     tp: int | None = None
     ep: int | None = None
-    engine_memory: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ SAVE/reference as weights alone, before the first update that uses it: a run tha
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from megatron_deepseek.checkpoint.train_state import TrainState
 from megatron_deepseek.finetuning.preference import reference as origin_reference
 from megatron_deepseek.model.frozen import trained_parameters
 from megatron_deepseek.model.lora import adapters_off
+from megatron_deepseek.runtime.saving import saving_group
 from megatron_deepseek.settings import Settings
 from megatron_deepseek.training.trainer import Trainer
 
@@ -78,8 +78,7 @@ class Reference:
         self.settings, self.trainer, self.origin, self.tell = settings, trainer, origin, tell
         self.interval, self.save = settings.reinforcement.reference_refresh_interval, settings.run.save
         self._held: HeldWeights | None = None
-        timeout = timedelta(minutes=max(settings.run.distributed_timeout_minutes, _LONGEST_MINUTES))
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if self.interval is not None else None
+        self._group = saving_group(settings.run) if self.interval is not None else None
 
     def resume(self, state: TrainState) -> None:
         """Find the reference of a run that goes on behind `state`. Raise ValueError, on all ranks, if it is missing."""
@@ -135,6 +134,3 @@ class Reference:
         """Let the trainer compute as the reference while the block runs."""
         with adapters_off(self.trainer.stages) if self._held is None else self._held.exchanged():
             yield
-
-
-_LONGEST_MINUTES = 60.0  # the fastest rank waits so long for the slowest one's file

@@ -79,7 +79,6 @@ class Reinforcement(Task):
         validate = self._evaluation(settings, engine, judge) if settings.run.eval_interval else None
         return RunData(None, validate, periodic=self._tasks.periodic(settings), maker=maker)
 
-
     def _evaluation(self, settings: Settings, engine: RolloutEngine, judge: Judge) -> HeldOut:
         told = [self._held_out.prompts if self._held_out is not None else None]
         dist.broadcast_object_list(told)

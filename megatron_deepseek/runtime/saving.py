@@ -80,8 +80,7 @@ class Saver:
             self.notes[BASE] = base.note(lora)
             self.additions += (lambda: partial(add_adapter, model, lora, base),)
         self.stages, self.optimizer = trainer.stages, None if run.no_save_optim else trainer.optimizer
-        self.group = dist.new_group(backend="gloo", group_desc="checkpoint",
-                                    timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
+        self.group = saving_group(run)
         self.background = checkpoint.BackgroundSaver(self.group) if run.async_save else None
         self.pending: _Pending | None = None
         self.failed: OSError | None = None
@@ -223,6 +222,12 @@ def what_stays(save: Path) -> str:
     if named is None and not there:
         return "there is no checkpoint before it"
     return f"{find_iteration(save, there[-1] if named is None else named)} is as it was"
+
+
+def saving_group(run: RunSettings) -> dist.ProcessGroup:
+    """Return a group of all ranks in which they save, and wait for each other as long as files may take."""
+    return dist.new_group(backend="gloo", group_desc="checkpoint",
+                          timeout=timedelta(minutes=max(run.distributed_timeout_minutes, _LONGEST_MINUTES)))
 
 
 _LONGEST_MINUTES = 60.0  # the fastest rank waits so long for the slowest one's file

@@ -51,8 +51,7 @@ class RolloutEngine:
         self.layout = engine_layout(trainer.spec.model, trainer.meshes.layout, rollout)
         self.weights = EngineWeights(trainer, self.layout, max_length)
         self.tokenizer, self.ends = tokenizer, tuple(ends)
-        self.settings = EngineSettings(max_length=max_length, max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET,
-                                       cache_bytes=rollout.engine_memory)
+        self.settings = EngineSettings(max_length=max_length, max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET)
         self._engine: Engine | None = None
 
     def refresh(self) -> None:
