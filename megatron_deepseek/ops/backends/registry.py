@@ -23,6 +23,7 @@ from megatron_deepseek.device import compute_capability, has_accelerator, on_acc
 
 ENVIRONMENT = "MEGATRON_DEEPSEEK_OPS"
 REFERENCE = "reference"
+OLDEST = (8, 0)  # the compute capability that csrc/build.py compiles for
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def _no_library() -> str | None:
     """Return why the operators of csrc/ cannot be used; load them where there is a GPU to use them on."""
     from megatron_deepseek.ops.backends import kernels
 
+    if has_accelerator() and compute_capability() < OLDEST:
+        return _needs("csrc/ is compiled for GPUs of", OLDEST)
     if not kernels.LIBRARY.exists():
-        return "csrc/ is not built (docs/kernels.md)"
+        return "csrc/ is not built; python csrc/build.py builds it (docs/kernels.md)"
     if has_accelerator() and not kernels.is_loaded():
         try:
             kernels.load()
@@ -73,14 +76,20 @@ def _no_library() -> str | None:
     return None
 
 
-def _not_hopper() -> str | None:
-    if not has_accelerator() or compute_capability()[0] == 9:
-        return None
-    return f"products with such scales need compute capability 9.0, this GPU has {compute_capability()}"
+def _needs(what: str, capability: tuple[int, int]) -> str:
+    """Return that `what` needs a compute capability that this GPU does not have."""
+    wanted, own = ("{}.{}".format(*each) for each in (capability, compute_capability()))
+    return f"{what} compute capability {wanted}, this GPU has {own}"
 
+
+def _not_hopper(what: str = "products with block scales need") -> str | None:
+    return None if not has_accelerator() or compute_capability()[0] == 9 else _needs(what, (9, 0))
+
+
+# What no installation mends is said first: the GPU, then the library.
 
 def _no_hopper() -> str | None:
-    return _no_library() or _not_hopper()
+    return _not_hopper() or _no_library()
 
 
 def _no_module(name: str, library: str) -> str | None:
@@ -100,7 +109,8 @@ def _no_transformer_engine() -> str | None:
 def _no_cudnn() -> str | None:
     """Return why cuDNN's attention cannot be used: it takes keys of 192 with values of 128 from 9.11 on, on Hopper."""
     version = torch.backends.cudnn.version() or 0
-    return _not_hopper() if version >= 91100 else f"needs cuDNN 9.11, this torch has {version or 'none'}"
+    return _not_hopper("cuDNN's attention of such widths needs") or (
+        None if version >= 91100 else f"needs cuDNN 9.11, this torch has {version or 'none'}")
 
 
 def _no_blockwise_gemm() -> str | None:
@@ -109,11 +119,11 @@ def _no_blockwise_gemm() -> str | None:
     if version is None:
         return "this torch has no CUDA"
     old = tuple(map(int, version.split(".")[:2])) < (12, 9)
-    return f"needs CUDA 12.9, this torch has {version}" if old else _not_hopper()
+    return _not_hopper() or (f"needs CUDA 12.9, this torch has {version}" if old else None)
 
 
 def _no_transformer_engine_gemm() -> str | None:
-    return _no_transformer_engine() or _not_hopper()
+    return _not_hopper() or _no_transformer_engine()
 
 
 def _ours(function: str) -> tuple[Candidate, ...]:

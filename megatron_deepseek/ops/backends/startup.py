@@ -45,7 +45,8 @@ def _slow(chosen: Mapping[str, Choice]) -> list[str]:
         lines.append(f"warning: FP8 products are loops of float32 products here, many times slower than bfloat16 "
                      f"({products[0].why}); without --fp8-format this run would be faster")
     for why, operators in _by_reason(choice for choice in slow if choice not in products).items():
-        lines.append(f"warning: slow, in several steps of torch: {', '.join(operators)} ({why})")
+        lines.append(f"warning: slow, each in several steps of torch: {len(operators)} operators, {operators[0]} among "
+                     f"them ({why})")
     return lines
 
 
