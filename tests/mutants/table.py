@@ -25,6 +25,7 @@ from llama_files import GGUF
 from loaded import LOADED
 from megatron_options import MEGATRON
 from mutant import of
+from on_gpus import ON_GPUS
 from parameters import PARAMETERS
 from policy import POLICY
 from preferred import PREFERRED
@@ -532,4 +533,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS, *ON_GPUS)
