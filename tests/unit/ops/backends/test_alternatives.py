@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deepseek.ops.attention import Scores, attention, plain_backward, plain_forward
+from megatron_deepseek.ops.attention import Scores, attention, cuda_forward, plain_backward, plain_forward
 from megatron_deepseek.ops.backends import alternatives
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, grouped_scaled_mm_wgrad, scaled_mm
@@ -212,6 +212,17 @@ def test_cudnn_attention(causal, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(got, expected))
     got = alternatives.cudnn_attend_backward(grad, q, k, v, *expected, scores)
     assert all(torch.equal(*pair) for pair in zip(got, plain_backward(grad, q, k, v, *expected, scores)))
+
+
+def test_cudnn_attention_has_the_shapes_of_flash_attention():
+    """By torch's own rules, on the meta device: MLA's widths, and a log-sum-exp without a last dimension of 1."""
+    q, k, v, grad = (torch.empty(2, 4, 160, width, dtype=torch.bfloat16, device="meta")
+                     for width in (192, 192, 128, 128))
+    scores = Scores(0.1, causal=True)
+    ours, flash = alternatives.cudnn_attend(q, k, v, scores), cuda_forward(q, k, v, scores)
+    assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in flash]
+    ours = alternatives.cudnn_attend_backward(grad, q, k, v, *ours, scores)
+    assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 
 def test_what_cudnn_does_not_take():
