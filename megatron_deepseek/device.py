@@ -101,6 +101,11 @@ def stream_number(device: torch.device) -> int:
     return torch.cuda.current_stream(device).stream_id if is_accelerator(device) and has_accelerator() else 0
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Return whether what this thread queues on `device` now is captured as a graph, which is replayed later."""
+    return is_accelerator(device) and has_accelerator() and torch.cuda.is_current_stream_capturing()
+
+
 def on_stream(stream: Stream) -> AbstractContextManager:
     """Queue what a `with` block does on `stream`, and on the current device."""
     return torch.cuda.stream(stream)

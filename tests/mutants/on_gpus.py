@@ -11,10 +11,10 @@ TRACED = ("tests/gpu/test_kernels_traced.py",)
 
 ON_GPUS = of(
     TABLES,
-    ("operands.table", "_kept(rows_of, tuple(counts)", "_kept(rows_of, tuple(sorted(counts))"),
+    ("operands.table", "keep(rows_of, tuple(counts)", "keep(rows_of, tuple(sorted(counts))"),
     ("operands.table", "stream_number(like.device))", "0)"),
-    ("operands.table", "return _kept(rows_of, tuple(counts), like.device, stream_number(like.device))",
-     "return _copied(rows_of, tuple(counts), like.device)"),
+    ("operands.table", "_captured if is_capturing(like.device) else _kept", "_kept"),
+    ("operands._kept", "if is_capturing(device):", "if False:"),
     ("tile_rows", "min(height, count - i)", "height"),
     ("tile_rows", "first += count", "first += -(-count // height) * height"),
 ) + of(

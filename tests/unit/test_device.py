@@ -37,6 +37,15 @@ def test_questions(monkeypatch, ours, theirs, arguments):
     assert getattr(device, ours)(*arguments) is answer and asked == [arguments]
 
 
+def test_only_an_accelerator_captures(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert device.is_capturing(GPU)
+    assert not device.is_capturing(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not device.is_capturing(GPU)
+
+
 @pytest.mark.parametrize("ours, theirs, arguments", [
     ("bind_process", "set_device", (GPU,)), ("synchronize", "synchronize", ())])
 def test_orders(monkeypatch, ours, theirs, arguments):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_deepseek.device import stream_number
+from megatron_deepseek.device import is_capturing, stream_number
 from megatron_deepseek.ops.backends.kernels import TILE, rows_are_aligned, starts_aligned
 
 
@@ -39,7 +39,16 @@ def _copied(rows_of: Callable, counts: tuple[int, ...], device: torch.device) ->
 # was copied on: no other one waits for the copy, or may read it after it was dropped.
 @functools.lru_cache(maxsize=512)
 def _kept(rows_of: Callable, counts: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    if is_capturing(device):
+        raise RuntimeError(f"a graph is captured of a step with {list(counts)} rows in its groups, whose table is not "
+                           "on the device: run the step once before, on the stream of the capture")
     return _copied(rows_of, counts, device)
+
+
+@functools.cache
+def _captured(rows_of: Callable, counts: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    """Return a table that is kept and is never dropped: a graph reads it at each replay, without owning it."""
+    return _kept(rows_of, counts, device, stream)
 
 
 def table(rows_of: Callable[[tuple[int, ...]], list[tuple[int, ...]]], counts: Sequence[int], like: torch.Tensor
@@ -51,4 +60,5 @@ def table(rows_of: Callable[[tuple[int, ...]], list[tuple[int, ...]]], counts: S
     """
     if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
         return _copied(rows_of, tuple(counts), like.device)
-    return _kept(rows_of, tuple(counts), like.device, stream_number(like.device))
+    keep = _captured if is_capturing(like.device) else _kept
+    return keep(rows_of, tuple(counts), like.device, stream_number(like.device))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_deepseek.ops.backends.cuda.gemm import worth_tall_tiles
+from megatron_deepseek.ops.backends.cuda import gemm
 
 ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs" / "kernels.md").read_text()
@@ -171,7 +172,18 @@ def test_the_documented_waves_of_wgrad(printed):
     ([512, 256], True), ([300], True), ([300, 300, 100], False), ([128] * 8, False), ([0, 0, 256], True)])
 def test_tall_tiles_of_groups(counts, tall):
     """By hand: [300, 300, 100] has two whole tall tiles, and three with an empty half."""
-    assert worth_tall_tiles(counts) == tall
+    assert gemm.worth_tall_tiles(counts) == tall
+
+
+@pytest.mark.parametrize("groups, clusters", [(1, True), (4, True), (5, False)])
+def test_wgrad_of_many_experts_has_no_clusters(groups, clusters, monkeypatch):
+    """As DeepGEMM's; alone where they were not asked for."""
+    asked = []
+    monkeypatch.setattr(gemm, "operator", lambda name: lambda *args: asked.append(args[-1]))
+    q, scale, counts = torch.zeros(8, 128 * groups, dtype=torch.float8_e4m3fn), torch.ones(8, groups), [128] * groups
+    for form in (gemm.grouped_scaled_mm_wgrad_clusters, gemm.grouped_scaled_mm_wgrad):
+        form(q, scale, q, scale, counts)
+    assert asked == [clusters, False]
 
 
 def test_scales_by_a_reciprocal(printed):

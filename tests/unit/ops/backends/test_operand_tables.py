@@ -1,4 +1,8 @@
-"""Tables of groups' tiles: what they say, and that one that is kept is given for its own counts, device and stream."""
+"""Tables of groups' tiles: what they say, that one that is kept is given for its own counts, device and stream, and how
+long it is kept.
+"""
+
+import weakref
 
 import pytest
 import torch
@@ -49,3 +53,28 @@ def test_another_device_and_another_stream_have_their_own(monkeypatch):
     assert second is not first and second.tolist() == first.tolist()
     monkeypatch.undo()
     assert table(two, [1, 2], CPU) is first
+
+
+def is_kept_while_others_come(counts: list[int]) -> bool:
+    """Return whether the table of `counts` is still the same after more others than are kept."""
+    first = weakref.ref(table(two, counts, CPU))
+    for rows in range(600):
+        table(two, [rows, *counts], CPU)
+    return first() is not None
+
+
+def test_tables_that_a_graph_reads_are_never_dropped(monkeypatch):
+    """A captured graph has their addresses, and reads there whatever came after them."""
+    assert not is_kept_while_others_come([4, 5])
+    table(two, [6, 5], CPU)
+    with monkeypatch.context() as capture:
+        capture.setattr(operands, "is_capturing", lambda device: True)
+        table(two, [6, 5], CPU)
+    assert is_kept_while_others_come([6, 5])
+
+
+def test_a_graph_of_counts_that_no_step_had_is_refused(monkeypatch):
+    """The copy from the host would be captured too, and read its memory at each replay."""
+    monkeypatch.setattr(operands, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"\[7, 5\] rows in its groups.*run the step once before"):
+        table(two, [7, 5], CPU)
