@@ -32,7 +32,7 @@ from megatron_deepseek.ops.backends.registry import choices
 
 PIECES = {
     "quantize": kernel_pieces.quantize, "routing": kernel_pieces.routing, "rotary": kernel_pieces.rotary,
-    "cross_entropy": kernel_pieces.cross_entropy, "products": kernel_pieces.products,
+    "cross_entropy": kernel_pieces.cross_entropy, "attention": kernel_pieces.attend, "products": kernel_pieces.products,
     "grouped_products": kernel_pieces.grouped_products, "fp8_accuracy": kernel_pieces.references_agree,
     "layer": models.layer, "training": models.training}
 

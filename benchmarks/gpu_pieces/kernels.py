@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from gpu_pieces.timing import Bench, Case, Ceilings, Row
 
-from megatron_deepseek.ops import norm, permute, rope
+from megatron_deepseek.ops import attention, norm, permute, rope
 from megatron_deepseek.ops.backends import alternatives
 from megatron_deepseek.ops.backends.cuda import gemm, layers
 from megatron_deepseek.ops.backends.cuda.operands import tile_rows
@@ -145,6 +145,23 @@ def rotary(bench: Bench) -> Iterator[Row]:
         yield from bench.rows(case)
 
 
+def attend(bench: Bench) -> Iterator[Row]:
+    """Measure the core of MLA's attention as the FP8 recipe and context-parallel ranks call it: torch's flash attention
+    on values that are padded to the keys' width, and cuDNN's on values as they are.
+    """
+    length, heads = (32, 2) if bench.small else (4096, 128)
+    q, k, v, grad = (_random(bench, 1, heads, length, width) for width in (192, 192, 128, 128))
+    scores, half = attention.Scores(192**-0.5, causal=True), heads * length * length  # a causal square, times 2
+    kept = attention.attend.reference(q, k, v, scores)
+    forward, backward = (q, k, v, scores), (grad, q, k, v, *kept, scores)
+    for name, ours, cudnn, given, flops in (
+            ("forward", attention.attend, alternatives.cudnn_attend, forward, half * (192 + 128)),
+            ("backward", attention.attend_backward, alternatives.cudnn_attend_backward, backward,
+             half * (3 * 192 + 2 * 128))):
+        yield from bench.rows(Case(f"{heads} heads, sequence {length}, {name}", {
+            "torch": lambda: ours.reference(*given), "cudnn": lambda: cudnn(*given)}, flops=flops, on_a_gpu=("cudnn",)))
+
+
 def cross_entropy(bench: Bench) -> Iterator[Row]:
     tokens, vocabulary = (16, 512) if bench.small else (4096, 129280)
     logits, labels = _random(bench, tokens, vocabulary), torch.randint(vocabulary, (tokens,), device=bench.device)
@@ -188,7 +205,8 @@ def products(bench: Bench) -> Iterator[Row]:
         yield from bench.rows(Case(f"{m} x {n} x {k}", {
             "torch, bf16": lambda: x @ w.t(), **_forms(gemm.scaled_mm, *operands),
             "csrc, 1x128 both": lambda: gemm.scaled_mm(*rows),
-            "torch, scaled_mm": lambda: alternatives.torch_scaled_mm(*operands)}, flops=2 * m * n * k))
+            "torch, scaled_mm": lambda: alternatives.torch_scaled_mm(*operands)}, flops=2 * m * n * k,
+            on_a_gpu=("torch, scaled_mm",)))  # cuBLASLt's
 
 
 def grouped_products(bench: Bench) -> Iterator[Row]:

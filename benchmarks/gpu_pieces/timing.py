@@ -45,13 +45,14 @@ class Ceilings:
 class Case:
     """One operation. `calls` are its implementations by name; the others are compared with the first.
 
-    Either its bytes or its flops are counted.
+    Either its bytes or its flops are counted. `on_a_gpu` names those that other devices have no kernel for.
     """
 
     name: str
     calls: dict[str, Callable]
     bytes: float = 0
     flops: float = 0
+    on_a_gpu: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,14 @@ class Bench:
         return statistics.median(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
     def rows(self, case: Case) -> Iterator[Row]:
-        """Yield a row for each implementation. One that fails gets a row with its error, and the others go on."""
+        """Yield a row for each implementation. One that fails gets a row with its error, and the others go on; one for
+        GPUs alone is left out elsewhere, and its row says so.
+        """
         reference = None
         for backend, call in case.calls.items():
+            if backend in case.on_a_gpu and self.device.type != "cuda":
+                yield Row(self.piece, case.name, backend, more={"left_out": f"no kernel for {self.device.type}"})
+                continue
             try:
                 result = _tensors(call())
                 reference = result if reference is None else reference

@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu_pieces import kernels as pieces
-from gpu_pieces.timing import Bench
+from gpu_pieces.timing import Bench, Case, as_json
 
-PIECES = ("quantize", "routing", "rotary", "cross_entropy", "products", "grouped_products", "references_agree")
+PIECES = ("quantize", "routing", "rotary", "cross_entropy", "attend", "products", "grouped_products",
+          "references_agree")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Baselines(Bench):
                 continue
             try:
                 call()
-            except (RuntimeError, ValueError):  # cuBLASLt's products, on a CPU
-                assert name == "torch, scaled_mm"
+            except (RuntimeError, ValueError):  # of cuBLASLt and cuDNN, on a CPU
+                assert name in case.on_a_gpu
             self.called.append(f"{case.name}: {name}")
         return ()
 
@@ -49,6 +50,17 @@ def test_baselines_ask_for_no_backend(name, monkeypatch):
     bench = Baselines(name, torch.device("cpu"), small=True)
     list(getattr(pieces, name)(bench))
     assert bench.called
+
+
+def test_what_only_a_gpu_has_is_left_out_elsewhere_and_said():
+    """No row without a time has a problem then: tools/gpu_check.sh counts those as failures."""
+    case = Case("x", {"torch": lambda: torch.ones(2), "cuBLASLt": lambda: 1 / 0, "broken": lambda: 1 / 0}, flops=1,
+                on_a_gpu=("cuBLASLt",))
+    torchs, left_out, broken = map(as_json, Bench("a piece", torch.device("cpu"), small=True).rows(case))
+    assert torchs["microseconds"] > 0 and "more" not in torchs
+    assert left_out == {"piece": "a piece", "case": "x", "backend": "cuBLASLt",
+                        "more": {"left_out": "no kernel for cpu"}}
+    assert broken["problem"].startswith("ZeroDivisionError")
 
 
 NOT_INSTALLED = """
