@@ -1,6 +1,6 @@
 """Compile csrc/: for GPUs by nvcc, or for the CPU with every thread emulated (tests/emulation). No torch is imported.
 
-    python csrc/build.py [--if-useful | --emulated] [--output PATH] [--jobs N]
+    python csrc/build.py [--if-useful | --or-keep | --emulated] [--output PATH] [--jobs N]
 
 `make venv` calls it with --if-useful, setup.py calls `build_library`, the tests `build_emulation` and
 `compile_kernels`. Objects are kept in build/csrc/ under a hash of everything that they were made from, so nothing is
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--emulated", action="store_true", help="for CPU tensors, every GPU thread a fiber")
     parser.add_argument("--if-useful", action="store_true",
                         help=f"only with nvcc and CUDA in torch, or as {FORCE} says")
+    parser.add_argument("--or-keep", action="store_true", help="where nvcc is not found, keep a library that is there")
     parser.add_argument("--output", type=Path, help="default: where megatron_deepseek looks for it, or build/csrc/")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -221,6 +222,8 @@ def main() -> None:
         problem = why_not() if args.if_useful else None
         if problem:
             print(f"csrc/ was not built: {problem}. Everything runs on the references.")
+        elif args.or_keep and find_nvcc() is None and (args.output or LIBRARY).exists():
+            print(f"nvcc was not found: {args.output or LIBRARY} stays as it is")
         elif args.emulated:
             print(build_emulation(args.output or CACHE / "emulated.so", args.jobs))
         else:

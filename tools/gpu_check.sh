@@ -4,14 +4,14 @@
 #   tools/gpu_check.sh [--output DIRECTORY] [--only PART...] [--again] [--emulated] [--list]
 #
 # Each part leaves a log and a JSON file in the directory (default gpu_check/). What passed is not run again, so the
-# script goes on where it was ended; --again runs it all the same. --emulated tries the script without a GPU, on the
-# emulated kernels at toy sizes: its times mean nothing. PYTHON chooses the interpreter. The exit status is the number of
-# parts that failed.
+# script goes on where it was ended; --again runs it all the same. A library of csrc/ that was brought is used where there
+# is no nvcc. --emulated tries the script without a GPU, on the emulated kernels at toy sizes, all parts with the longest
+# limit: its times mean nothing. PYTHON chooses the interpreter. The exit status is the number of parts that failed.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-$(command -v .venv/bin/python || command -v python3)}
-output=gpu_check only=() again= emulated= list=
+output=gpu_check only=() again= emulated= list= longest=470
 while (($#)); do
   case $1 in
     --output) output=${2:?--output needs a directory}; shift ;;
@@ -30,7 +30,7 @@ tests() { echo "$1|$2|any|pytest -x -q -p no:cacheprovider tests/gpu/test_kernel
 bench() { echo "$1|$2|any|benchmarks/gpu.py --timeout $((($2 - 20) / ($# - 2))) --output OUTPUT/$1_table.json --only ${*:3}"; }
 parts() {
   echo "machine|60|GPU|nvidia-smi -L && PYTHON -m megatron_deepseek.ops"
-  echo "build|470|GPU|PYTHON csrc/build.py"
+  echo "build|$longest|any|PYTHON csrc/build.py --jobs $(getconf _NPROCESSORS_ONLN) $([[ $emulated ]] && echo --emulated || echo --or-keep)"
   # Products hang where a barrier is wrong: a short limit, before all else. Then one case under cuda-gdb tells where.
   echo "first_products|100|any|MEGATRON_DEEPSEEK_OPS=all=reference pytest -x -q -p no:cacheprovider tests/gpu/test_kernels_gemm.py -k 'dense and not tma_store and not clusters'"
   echo "gemm|240|any|pytest -x -q -p no:cacheprovider tests/gpu/test_kernels_gemm.py -k 'not tma_store and not clusters'"
@@ -38,16 +38,17 @@ parts() {
   echo "tma_store|120|any|pytest -x -q -p no:cacheprovider tests/gpu/test_kernels_gemm.py -k 'tma_store and not clusters'"
   echo "clusters|120|any|pytest -x -q -p no:cacheprovider tests/gpu/test_kernels_gemm.py -k clusters"
   tests quantize 240; tests e5m6 120; tests permute 120; tests rope 120; tests cross_entropy 120; tests forms 200
-  tests traced 400; tests registration 240; tests model 240
+  tests traced 400; tests registration 240; tests model 240; tests alternatives 120
   bench products 460 products grouped_products
   bench layer 460 layer
   bench quantising 460 quantize
   bench others 460 routing rotary cross_entropy
+  bench attention 200 attention
   # Where the time of a product goes: waits for global loads (long scoreboard) and the L2's rate.
   echo "profile|300|GPU|ncu --section WarpStateStats --section MemoryWorkloadAnalysis --kernel-name regex:gemm_kernel --launch-skip 12 --launch-count 2 PYTHON benchmarks/gpu.py --piece products --output OUTPUT/profiled.json --ceilings 1 1"
-  echo "races|470|GPU|compute-sanitizer --tool racecheck --error-exitcode 9 PYTHON -m pytest -x -q tests/gpu/test_kernels_permute.py tests/gpu/test_kernels_quantize.py -k 'test_route or test_columns_of_groups'"
-  echo "memory|470|GPU|compute-sanitizer --tool memcheck --error-exitcode 9 PYTHON -m pytest -x -q tests/gpu/test_kernels_gemm.py tests/gpu/test_kernels_rope.py -k 'not tall'"
-  bench training 470 training
+  echo "races|$longest|GPU|compute-sanitizer --tool racecheck --error-exitcode 9 PYTHON -m pytest -x -q tests/gpu/test_kernels_permute.py tests/gpu/test_kernels_quantize.py -k 'test_route or test_columns_of_groups'"
+  echo "memory|$longest|GPU|compute-sanitizer --tool memcheck --error-exitcode 9 PYTHON -m pytest -x -q tests/gpu/test_kernels_gemm.py tests/gpu/test_kernels_rope.py -k 'not tall'"
+  bench training $longest training
 }
 
 command_of() {  # a part's command, with the interpreter, the directory and the emulation in it
@@ -77,6 +78,7 @@ outcome_of() { sed -n 's/^ "outcome": "\(.*\)",$/\1/p' "$output/$1.json" 2>/dev/
 
 run_part() {  # name seconds kind command
   local name=$1 limit=$2 command status start=$SECONDS
+  [[ -n $emulated ]] && limit=$longest
   if [[ -n $emulated && $3 == GPU ]]; then record "$name" "skipped: needs a GPU" 0 0; return; fi
   command=$(command_of "$4")
   local tool=${command%% *}

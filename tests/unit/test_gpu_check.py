@@ -50,6 +50,15 @@ def test_tests_that_were_skipped_have_not_passed(tmp_path):
     assert done.stdout == "gemm: skipped: no test ran\n"
 
 
+def test_without_a_gpu_the_emulation_is_built_before_its_first_tests(tmp_path):
+    """Not within their limits: a hang is what those are short for."""
+    done, calls = run(tmp_path, "--emulated", "--only", "first_products", "build")
+    assert [re.sub(r"--jobs \d+ ", "", call) for call in calls][0] == "csrc/build.py --emulated"
+    assert done.stdout.splitlines()[0].startswith("build: passed") and "first_products: passed" in done.stdout
+    listed = run(tmp_path, "--list", "--only", "build")[0].stdout
+    assert re.search(r" csrc/build.py --jobs \d+ --or-keep$", listed)
+
+
 def test_a_row_without_a_time_is_a_failure(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "layer_table.json").write_text('{"rows": [{"problem": "out of memory"}]}')

@@ -78,6 +78,17 @@ def test_the_library_links(compiled, tmp_path):
     assert torch_names and not [name for name in torch_names if name.startswith("_Z")], torch_names
 
 
+def test_a_library_that_was_brought_is_kept_without_nvcc(tmp_path, monkeypatch, capsys):
+    library = tmp_path / "brought.so"
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["build.py", "--or-keep", "--output", str(library)])
+    with pytest.raises(SystemExit, match="nvcc was not found"):
+        build.main()
+    library.write_text("as it was")
+    build.main()
+    assert library.read_text() == "as it was" and "stays as it is" in capsys.readouterr().out
+
+
 LOAD = """
 import sys, torch
 from pathlib import Path
