@@ -46,7 +46,10 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", "nltk>=3.9", "ruff>=0.14",
-                 "pyyaml>=6", "openai>=2", "jsonschema>=4.20"],
+                 "pyyaml>=6", "openai>=2", "jsonschema>=4.20",
+                 # cuobjdump and what it calls, 6 MB: the instructions of csrc/ are read in tests
+                 *(f"nvidia-cuda-{tool}>=13.2; sys_platform == 'linux' and platform_machine == 'x86_64'"
+                   for tool in ("cuobjdump", "nvdisasm"))],
         # tools/preprocess_data.py: the fast tokenizer, .zst, parquet, --split-sentences
         "data": ["gigatoken>=0.10", "zstandard>=0.22", "pyarrow>=15", "nltk>=3.9"],
         "sentences": ["nltk>=3.9"],

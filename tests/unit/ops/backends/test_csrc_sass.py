@@ -1,6 +1,6 @@
 """What ptxas made of the GEMMs' loops, read from their SASS: no step along K waits for scales.
 
-Needs cuobjdump, which comes with CUDA's toolkit and with triton's wheel.
+Needs cuobjdump, which comes with the extra `test`, and with CUDA's toolkit.
 """
 
 import importlib.util
@@ -19,11 +19,13 @@ spec.loader.exec_module(build)
 
 
 def find_cuobjdump() -> str | None:
-    triton = importlib.util.find_spec("triton")
-    candidates = ["cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
-    if triton is not None:
-        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return next(filter(None, map(shutil.which, candidates)), None)
+    """Return that of the wheels nvidia-cuda-cuobjdump and -nvdisasm, which it calls and finds beside itself; else that
+    of the PATH or of /usr/local/cuda.
+    """
+    wheels = importlib.util.find_spec("nvidia")
+    folders = list(wheels.submodule_search_locations) if wheels else []
+    candidates = [str(path) for folder in folders for path in sorted(Path(folder).glob("*/bin/cuobjdump"))]
+    return next(filter(None, map(shutil.which, [*candidates, "cuobjdump", "/usr/local/cuda/bin/cuobjdump"])), None)
 
 
 @dataclass(frozen=True)
