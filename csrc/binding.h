@@ -14,6 +14,9 @@
 #include <tuple>
 
 #include "kernels.h"
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+#include "emulation.h"
+#endif
 
 // OPERATORS(m) { m.def("name(Tensor x) -> Tensor"); }    declares operators with their arguments
 // KERNELS(m) { KERNEL(m, name); }                        binds them to the functions of this file
@@ -33,12 +36,15 @@ using Tensors2 = std::tuple<Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The device that a call works on and its current stream.
+// The device that a call works on and its current stream. In the emulation each call has a stream of its own, so that a
+// kernel on another one, or without a guard of the device, is an error there (launch.cuh).
 class Launch {
  public:
 #ifdef MEGATRON_DEEPSEEK_EMULATED
-  explicit Launch(const Tensor&) {}
-  void* stream() const { return nullptr; }
+  explicit Launch(const Tensor&) { emulation::machine().stream = this; }
+  ~Launch() { emulation::machine().stream = nullptr; }
+  Launch(const Launch&) = delete;
+  void* stream() const { return const_cast<Launch*>(this); }
 #else
   explicit Launch(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
   void* stream() const {

@@ -33,14 +33,20 @@ inline void check_rows(const Grid& grid, unsigned most) {
 constexpr unsigned kMostRows = 256;  // few, so that tests reach it
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
+void launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments&&... arguments) {
+  if (stream == nullptr || stream != emulation::machine().stream)
+    throw std::runtime_error("a kernel was launched on another stream than that of its call");
   if (grid.blocks == 0 || grid.rows == 0) return;
   check_rows(grid, kMostRows);
   emulation::run({grid.blocks, grid.rows, grid.threads, grid.shared_bytes, grid.all_at_once, grid.cluster},
                  [&] { kernel(Parameters(arguments)...); });
 }
 
-inline int multiprocessors() { return 5; }  // few, and no power of two: persistent kernels must take several turns
+// Few, and no power of two: persistent kernels must take several turns.
+inline int multiprocessors() {
+  if (emulation::machine().stream == nullptr) throw std::runtime_error("the device was asked before it was chosen");
+  return 5;
+}
 
 #else
 

@@ -9,8 +9,8 @@ Tensors4 route(const Tensor& experts, int64_t num_experts, int64_t align) {
   check_dense(experts, ScalarType::Long, "experts");
   STD_TORCH_CHECK(num_experts > 0 && num_experts <= mds::kMaxExperts, "at most ", mds::kMaxExperts, " experts");
   STD_TORCH_CHECK(align > 0 && experts.numel() + num_experts * align < (int64_t(1) << 31), "slots are int32");
-  const auto shape = mds::route_shape(experts.numel(), int(num_experts), int(align));
   const Launch launch(experts);
+  const auto shape = mds::route_shape(experts.numel(), int(num_experts), int(align));
   Tensor scratch = make(experts, {mds::route_scratch(shape)}, ScalarType::Int);
   Tensor copy_of_slot = make(experts, {shape.slots}, ScalarType::Int);
   Tensor slot_of_copy = make(experts, {shape.copies}, ScalarType::Int);

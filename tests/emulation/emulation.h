@@ -97,6 +97,7 @@ struct Machine {
   std::deque<std::function<void()>> copies;  // bulk copies that have been issued and not yet happened
   bool random_order = false;
   const char* problem = nullptr;             // that a fiber found at its end
+  const void* stream = nullptr;              // of the operator's call that is under way; none between calls
 };
 
 inline Machine& machine() {

@@ -170,6 +170,11 @@ MISTAKES = (
             "r < work.rows ? r : 0", GEMM),
     Mistake("store of the wrong quad", "gemm_store.cuh", "const int column = (first + thread % 4) * 8;",
             "const int column = (first + thread % 2) * 8;", GEMM),
+    Mistake("a tile's last row not stored", "gemm_kernel.cuh", "row < work.rows,", "row + 1 < work.rows,", GEMM),
+    Mistake("a lane's results truncated", "gemm_store.cuh",
+            "pack_bf16x2(total[(first + i) * 4], total[(first + i) * 4 + 1]);",
+            "lane_id() == 5 ? float_bits(total[(first + i) * 4]) >> 16 | (float_bits(total[(first + i) * 4 + 1]) & "
+            "0xffff0000u) : pack_bf16x2(total[(first + i) * 4], total[(first + i) * 4 + 1]);", GEMM),
     Mistake("tile of another matrix", "gemm_schedule.cuh", "work.matrix * p.n + work.column", "work.column", GEMM),
     Mistake("columns behind the edge", "gemm_schedule.cuh",
             "int(p.n - work.column < kTileN ? p.n - work.column : kTileN)", "kTileN", GEMM),
@@ -198,6 +203,12 @@ MISTAKES = (
     Mistake("label of the row's part", "cross_entropy.cu",
             "const int64_t label = labels[row] - first_id;\n  const float",
             "const int64_t label = labels[row];\n  const float", LOSS),
+    *(Mistake("kernels on the default stream", f"{stem}_binding.cpp", "launch.stream()", "nullptr", tests)
+      for stem, tests in (("gemm", GEMM), ("quantize", QUANTIZE), ("e5m6", E5M6), ("routing", PERMUTE), ("rope", ROPE),
+                          ("cross_entropy", LOSS))),
+    Mistake("the guard ends before the launch", "e5m6_binding.cpp", "const Launch launch(x);",
+            "void* stream = Launch(x).stream(); struct { void* s; void* stream() const { return s; } } launch{stream};",
+            E5M6),
 )
 
 

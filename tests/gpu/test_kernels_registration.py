@@ -1,5 +1,7 @@
 """Every operator's schema, shapes without data and derivative registration, by torch's own checker."""
 
+import re
+
 import pytest
 import torch
 
@@ -57,7 +59,10 @@ def samples(device) -> dict[str, tuple]:
 
 
 def test_nothing_is_forgotten(device):
-    assert set(samples(device)) == set(kernels.FAKES)
+    """Each operator that the bindings declare has shapes without data, and is checked here."""
+    declared = {name for path in kernels.SOURCES.glob("*_binding.cpp")
+                for name in re.findall(r'm\.def\(\s*"(\w+)\(', path.read_text())}
+    assert set(samples(device)) == set(kernels.FAKES) == declared
 
 
 @pytest.mark.parametrize("name", kernels.FAKES)
@@ -77,3 +82,28 @@ def test_wrong_arguments_are_refused(device):
             shape, dtype=torch.int32, device=device) for shape in ((2,), (1, 2))), None)
     with pytest.raises(RuntimeError, match="contiguous"):
         operator("quantize_rows")(bf16(16, 16, device=device).t(), False)
+
+
+def test_a_kernel_waits_for_what_its_stream_has_before(device):
+    """In the emulation each call has a stream of its own, and a kernel on another one is an error (csrc/launch.cuh)."""
+    if device.type != "cuda":
+        pytest.skip("streams are a GPU's")
+    x, busy, side = bf16(256, 4096, device=device), bf16(4096, 4096, device=device), torch.cuda.Stream()
+    expected, late = operator("quantize_rows")(x, False), torch.zeros_like(x)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(200):
+            busy = busy @ busy
+        late.copy_(x)
+        got = operator("quantize_rows")(late, False)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(mine.view(torch.uint8), wanted.view(torch.uint8)) for mine, wanted in zip(got, expected))
+
+
+def test_a_kernel_runs_on_its_tensors_device(device):
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = bf16(256, 4096, device=device)
+    expected, got = operator("quantize_rows")(x, False), operator("quantize_rows")(x.to("cuda:1"), False)
+    assert all(torch.equal(mine.cpu().view(torch.uint8), wanted.cpu().view(torch.uint8))
+               for mine, wanted in zip(got, expected))
