@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_deepseek.ops import cross_entropy, permute, rope
-from megatron_deepseek.ops.backends import kernels
+from megatron_deepseek.ops.backends import kernels, registry
+from megatron_deepseek.ops.backends.cuda.operands import table, tile_rows
 from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm, norm as fp8_norm, recipe
 
 COUNTS = [40, 0, 100]
@@ -78,12 +79,15 @@ def calls(device) -> dict[str, Call]:
         "sort_by_expert": call(permute.sort_by_expert, experts, 3, kernels="route"),
         "copy_and_permute": call(permute.copy_and_permute, bf16(70, 136, device=device, leaf=True), order, inverse,
                                  kernels="gather_rows combine_rows"),
+        "permute": call(permute.permute, bf16(140, 136, device=device, leaf=True), order, inverse,
+                        kernels="gather_rows combine_rows"),
         "weighted_sum": call(permute.weighted_sum, bf16(140, 136, device=device, leaf=True), weights, order, inverse,
                              kernels="combine_rows combine_backward"),
         "gather_rows": call(permute.gather_rows, x, labels, kernels="gather_rows"),
         "quantize_1x128": call(encoding.quantize_1x128, x[:, 8:72], kernels="quantize_rows"),
         "quantize_128x1": call(encoding.quantize_128x1, x, kernels="quantize_columns"),
         "quantize_128x128": call(encoding.quantize_128x128, stack, kernels="quantize_blocks"),
+        "quantize_both_ways": call(encoding.quantize_both_ways, stack, kernels="quantize_blocks"),
         "retile_128x1": call(encoding.retile_128x1, *rows, True, kernels="retile_columns"),
         "quantize_e5m6": call(e5m6.quantize_e5m6, x, kernels="quantize_e5m6"),
         "dequantize_e5m6": call(e5m6.dequantize_e5m6, *packed, 136, torch.bfloat16, kernels="dequantize_e5m6"),
@@ -130,8 +134,12 @@ def names_of(targets) -> set[str]:
     return {str(target).split(".")[1] for target in targets if str(target).startswith(kernels.NAMESPACE)}
 
 
-def test_every_kernel_is_called(device):
-    assert frozenset().union(*(each.kernels for each in calls(device).values())) == set(kernels.FAKES)
+def test_every_kernel_and_every_operator_that_has_one_is_called(device):
+    made = calls(device).values()
+    assert frozenset().union(*(each.kernels for each in made)) == set(kernels.FAKES)
+    ours = {operator for operator, candidates in registry.CANDIDATES.items()
+            if any(candidate.name == "csrc" for candidate in candidates)}
+    assert {each.function.__name__ for each in made} == {*ours, kept_swiglu.__name__}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,6 +227,8 @@ def test_captured(device):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             y = step()
+        for rows in range(600):  # more tables than are kept: those of the graph must stay
+            table(tile_rows, [rows, *COUNTS], x)
     torch.cuda.current_stream().wait_stream(side)
     x.copy_(torch.randn_like(x))
     graph.replay()

@@ -4,6 +4,8 @@ As a script it runs tests on them, and prints which passed and which did not, as
 the first and the last case of each test alone:
 
     python tests/helpers/planted_kernels.py PLANT CASES TEST...
+
+PLANT is a name of PLANTS, or `NAME in KERNEL` for one kernel alone.
 """
 
 import json
@@ -75,14 +77,65 @@ def misshapen(name: str, right: Callable, *args):
     return _each(result, lambda x: torch.cat([part := x.view(torch.uint8), part], -1).view(x.dtype))
 
 
+def no_last_row(name: str, right: Callable, *args):
+    """Leave the last row of each result at zero, and of what is written in place as it was."""
+    before = args[0][-1:].clone() if name == IN_PLACE else None
+    result = right(*args)
+    if before is not None:
+        args[0][-1:] = before
+        return None
+
+    def shortened(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[-1:].view(torch.uint8).zero_()
+        return x
+
+    return _each(result, shortened)
+
+
+_BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+
+
+def _step_down(x: torch.Tensor) -> torch.Tensor:
+    """Make every other number of the sixth of 32 lanes smaller by one step, as truncation does."""
+    if x.dtype not in _BITS:
+        return x
+    bits = x.contiguous().view(_BITS[x.dtype]).clone().flatten()
+    lane = bits[5::64]
+    lane -= ((lane & 0x7f) > 1).to(lane.dtype)
+    return bits.view(x.dtype).view(x.shape)
+
+
+def truncated_lane(name: str, right: Callable, *args):
+    """Round down in one lane of a warp."""
+    if name == IN_PLACE:
+        right(*args)
+        args[0].copy_(_step_down(args[0]))
+        return None
+    return _each(right(*args), _step_down)
+
+
+_TABLES: dict[tuple, torch.Tensor] = {}
+
+
+def stale_table(name: str, right: Callable, *args):
+    """Use the first table of groups that had as many tiles."""
+    if name not in (*PRODUCTS, *QUANTIZERS):
+        return right(*args)
+    return right(*(_TABLES.setdefault((name, i, x.shape), x.clone())
+                   if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x for i, x in enumerate(args)))
+
+
 PLANTS = {"ones": ones, "misshapen": misshapen, "transposed scale": transposed_scale,
-          "neighbouring group": neighbouring_group}
+          "neighbouring group": neighbouring_group, "no last row": no_last_row, "truncated lane": truncated_lane,
+          "stale table": stale_table}
 
 
 def planted(plant: str, key: str = "CPU") -> torch.library.Library:
     """Put a plant's kernels in the place of those that are registered for `key`, as long as the result lives."""
     library = torch.library.Library(kernels.NAMESPACE, "IMPL")
-    for name in kernels.FAKES:
+    plant, _, alone = plant.partition(" in ")
+    for name in (alone,) if alone else kernels.FAKES:
         right = torch.library.get_kernel(f"{kernels.NAMESPACE}::{name}", key)
 
         def call(keys, *args, name=name, right=right):
