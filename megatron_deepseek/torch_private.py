@@ -10,7 +10,7 @@ import importlib
 WHERE = {
     # FSDP's own record of a parameter: to convert what is gathered and to accumulate gradients (parallel/data.py).
     "FSDPParam": "torch.distributed.fsdp._fully_shard._fsdp_param",
-    # Actions of a schedule: for a forward-only schedule and to overlap pairs (parallel/pipeline.py,
+    # Actions of a schedule: for a forward-only schedule and to overlap pairs (parallel/forward_only.py,
     # parallel/paired_chunks.py).
     "_Action": "torch.distributed.pipelining.schedules",
     "_ComputationType": "torch.distributed.pipelining.schedules",

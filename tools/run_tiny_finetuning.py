@@ -90,7 +90,7 @@ def results(run_dir: Path, lora: bool = False) -> list[str]:
         found = [record[key] for record in records if key in record]
         lines.append(f"{name}: {form.format(found[0])} before, {form.format(found[-1])} after")
     first, last = (sorted((save / "answers").glob("*.jsonl"))[end] for end in (0, -1))
-    before, after = ([json.loads(line) for line in path.read_text().splitlines()] for path in (first, last))
+    before, after = ([json.loads(line) for line in path.read_bytes().splitlines()] for path in (first, last))
     shown = next((number for number, each in enumerate(after) if each["matches"]), 0)
     lines += ["", f"the question   {after[shown]['prompt']}", f"before         {before[shown]['text']!r}",
               f"after          {after[shown]['text']!r}", f"expected       {after[shown]['expected']!r}", ""]

@@ -88,7 +88,7 @@ def results(run_dir: Path, seeds: list[int]) -> list[str]:
                      f"after; reward of rollouts {rewards[0]:.3f} at first, {rewards[-1]:.3f} at last")
     last = sorted((save_directory(run_dir, seeds[0]) / "rollouts").glob("step_*.jsonl"),
                   key=lambda path: int(path.stem.removeprefix("step_")))[-1]
-    sample = json.loads(last.read_text().splitlines()[0])
+    sample = json.loads(last.read_bytes().splitlines()[0])
     lines += ["", f"a prompt       {sample['prompt']}", f"a completion   {sample['completion']!r}",
               f"its reward     {sample['reward']:g}, advantage {sample['advantage']:.3f}", ""]
     return lines + [f"{name:14s} {path}" for name, path in (

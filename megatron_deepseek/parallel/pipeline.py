@@ -7,17 +7,17 @@ The shapes of what is sent are known beforehand, so no forward is spent on findi
 loop over micro-batches that accumulates gradients and reduces them in the last backward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from megatron_deepseek.parallel.data import reshard, synchronize_gradients
+from megatron_deepseek.parallel.forward_only import ForwardOnly
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.parallel.paired_chunks import overlap_pairs
@@ -25,32 +25,8 @@ from megatron_deepseek.parallel.schedule_rules import rank_of_stage
 from megatron_deepseek.parallel.stage import MicroBatches, ReducingStage, SendingStage
 from megatron_deepseek.parallel.watch import Act, Watch, unwatched
 from megatron_deepseek.parallel.zero_bubble import DeferredGradients, defer_weight_gradients
-from megatron_deepseek.torch_private import (
-    _Action,
-    _add_send_recv,
-    _add_unshard_reshard,
-    _ComputationType,
-    _PipelineScheduleRuntime,
-)
 
 ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-
-
-class ForwardOnly(_PipelineScheduleRuntime):
-    """A schedule of forwards alone, under any placement of stages, for evaluation."""
-
-    def __init__(self, stages: list[PipelineStage], n_microbatches: int, loss_fn,
-                 ranks: Sequence[int]):
-        super().__init__(stages, n_microbatches, loss_fn=loss_fn, scale_grads=False)
-        actions = {rank: [] for rank in range(self.pp_group_size)}
-        for stage, rank in enumerate(ranks):
-            actions[rank] += [_Action(stage, _ComputationType.FORWARD, mb) for mb in range(n_microbatches)]
-        self.stage_index_to_group_rank = dict(enumerate(ranks))
-        for stage in stages:
-            stage.stage_index_to_group_rank = self.stage_index_to_group_rank
-        self.pipeline_order_with_comms = _add_send_recv(
-            {rank: _add_unshard_reshard(own) for rank, own in actions.items()},
-            stage_to_rank=self.stage_index_to_group_rank.__getitem__, num_stages=len(ranks))
 
 
 def _loss_is_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -156,8 +132,7 @@ class Pipeline:
         run = schedule.step if train else schedule.eval
         run(*args, target=target, return_outputs=False, micro_batches=micro_batches, step=step)
         for stage in stages:
-            if isinstance(stage, SendingStage):
-                stage.finish_sends()
+            stage.finish_step()
 
     def _build_schedule(self, num_microbatches: int, num_predictions: int, train: bool
                         ) -> tuple[Any, list[ReducingStage]]:

@@ -9,6 +9,9 @@ It also makes receive buffers for every micro-batch of a step before the first, 
 micro-batches half a terabyte. Here a buffer is made when its receive is started. Hidden states are from then on the
 graph's, gradients the backward's, and freed with it.
 
+It also keeps what a forward took and returned until the backward, and where there is none, in evaluation, until the
+next step. Here a stage that only goes forward keeps them until its next forward.
+
 And its runtime for several stages keeps the handles of all sends until the step ends. Gloo's handle of a send keeps
 what was sent until somebody waits, so that hidden states and gradients of all micro-batches add up; NCCL lets go of
 what has been sent by itself. Here a stage sends by itself, and waits for a send when it begins the next one.
@@ -112,6 +115,8 @@ class ReducingStage(PipelineStage):
         """Run the forward with its own micro-batch: the schedule passes the same `micro_batches` to every forward."""
         chosen = {**kwargs, "micro_batch": kwargs["micro_batches"].items[fwd_chunk_id]}
         del chosen["micro_batches"]
+        if not self.has_backward:
+            self.fwd_cache.clear()  # what the forward before it returned has been sent, or passed on
         with self._watch(Act("F", self.stage_index, fwd_chunk_id)):
             return super().forward_one_chunk(fwd_chunk_id, args, chosen, save_forward_output)
 
@@ -138,6 +143,10 @@ class ReducingStage(PipelineStage):
         self.submod.set_reshard_after_backward(True)
         self.submod.set_requires_gradient_sync(True)
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
+
+    def finish_step(self) -> None:
+        """Let go of what an evaluation's last forward has left; a backward has taken what it needed."""
+        self.fwd_cache.clear()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if self.dw_builder:
@@ -170,8 +179,9 @@ class SendingStage(ReducingStage):
         """Send the gradient of a backward's input; return nothing for the runtime to send."""
         return self._send("B", super().get_bwd_send_ops(bwd_chunk_id))
 
-    def finish_sends(self) -> None:
+    def finish_step(self) -> None:
         """Wait for all that has been sent."""
+        super().finish_step()
         for kind in self._sent:
             self._wait(kind)
 

@@ -55,6 +55,8 @@ class RolloutMaker:
         return MadeBatch(self._batch(self.rollout, state.iteration), reports)
 
     def keep(self) -> Callable[[Path], None]:
+        if self.reference is not None:
+            self.reference.checkpoint_begins(self._iteration)
         return partial(write_rollout, self.rollout, self._iteration) if self.rollout is not None else lambda _: None
 
     def resume(self, directory: Path, state: TrainState) -> None:

@@ -79,6 +79,7 @@ class Reference:
         self.interval, self.save = settings.reinforcement.reference_refresh_interval, settings.run.save
         self._held: HeldWeights | None = None
         self._group = saving_group(settings.run) if self.interval is not None else None
+        self._begun_save: int | None = None
 
     def resume(self, state: TrainState) -> None:
         """Find the reference of a run that goes on behind `state`. Raise ValueError, on all ranks, if it is missing."""
@@ -117,6 +118,10 @@ class Reference:
             self._keep(state)
             self.tell(f"iteration {state.iteration}: the reference is the model of this moment from here on")
 
+    def checkpoint_begins(self, iteration: int) -> None:
+        """Leave the reference that a checkpoint of `iteration` goes on with, which may be finished much later."""
+        self._begun_save = iteration
+
     def _keep(self, state: TrainState) -> None:
         """Save the trainer's weights as the reference, and remove those that no checkpoint goes on with."""
         if self.save is None:
@@ -125,7 +130,8 @@ class Reference:
         checkpoint.save(folder, state.without_optimizer(), self.settings.model, self.trainer.stages, None,
                         group=self._group)
         if dist.get_rank() == 0:
-            needed = {self._begun(iteration) for iteration in iterations(self.save)} | {state.iteration}
+            saved = iterations(self.save) + ([self._begun_save] if self._begun_save is not None else [])
+            needed = {self._begun(iteration) for iteration in saved} | {state.iteration}
             for iteration in set(iterations(folder)) - needed:
                 shutil.rmtree(iteration_directory(folder, iteration), ignore_errors=True)
 

@@ -7,6 +7,7 @@ ROUTES = (f"{UNIT}test_drawn_routes.py",)
 ENOUGH = (f"{UNIT}test_enough_micro_batches.py",)
 STORAGES = (f"{UNIT}test_storages.py",)
 JOBS = (f"{UNIT}test_dry_jobs.py",)
+EVALUATION = ("tests/unit/parallel/test_forward_only.py", f"{UNIT}test_evaluation_memory.py")
 COMMAND = (f"{UNIT}test_dry_run_command.py",)
 
 DRY_RUNS = of(
@@ -29,6 +30,11 @@ DRY_RUNS = of(
 ) + of(
     JOBS,
     ("SendingStage._send", 'if self.device.type != "cuda":', "if False:"),
+) + of(
+    EVALUATION,
+    ("forward_order", "stage = max(", "stage = min("),
+    ("ReducingStage.forward_one_chunk", "            self.fwd_cache.clear()", "            pass"),
+    ("ReducingStage.finish_step", "self.fwd_cache.clear()", "pass"),
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),

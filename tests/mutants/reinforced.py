@@ -5,6 +5,7 @@ from mutant import of
 COLLECTED = ("tests/unit/rl/test_collecting.py",)
 ARGUMENTS = ("tests/unit/arguments/test_grpo_arguments.py",)
 PLOTTED = ("tests/unit/cli/test_plot_rewards.py",)
+REFRESHED = ("tests/unit/rl/test_refreshed_reference.py",)
 KILLED = ("tests/e2e/test_grpo.py",)
 
 REINFORCED = of(
@@ -34,6 +35,10 @@ REINFORCED = of(
 ) + of(
     PLOTTED,
     ("plot_rewards.read_reward_curves", '"mean_completion" in record', '"iteration" in record'),
+) + of(
+    REFRESHED,
+    ("Reference.checkpoint_begins", "self._begun_save = iteration", "pass"),
+    ("RolloutMaker.keep", "self.reference.checkpoint_begins(self._iteration)", "pass"),
 ) + of(
     KILLED,
     ("RolloutMaker.make", "self._iteration = state.iteration + 1", "self._iteration = state.iteration"),

@@ -1,6 +1,7 @@
 """`make pretrain` repeats a step exactly when what it would make could differ from what is there."""
 
 import importlib.util
+import json
 import os
 import sys
 from argparse import Namespace
@@ -139,3 +140,29 @@ def test_ctrl_c_waits_for_what_the_command_saves(tool, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tool.execute(step, dict(os.environ))
     assert saved.exists()
+
+
+SEPARATED = "an\u2028answer"  # U+2028 ends a line of a text, and none of a file
+
+
+def write_lines(path: Path, *records: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def test_completions_are_shown_whatever_they_have(tool, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    run_tiny_grpo = importlib.import_module("run_tiny_grpo")
+    write_lines(tmp_path / "grpo_1" / "metrics.jsonl", {"eval_reward_exact": 0.5, "reward": 0.5})
+    write_lines(tmp_path / "grpo_1" / "rollouts" / "step_1.jsonl",
+                {"prompt": "p", "completion": SEPARATED, "reward": 1.0, "advantage": 0.0})
+    assert f"a completion   {SEPARATED!r}" in run_tiny_grpo.results(tmp_path, [1])
+
+
+def test_answers_are_shown_whatever_they_have(tool, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    run_tiny_finetuning = importlib.import_module("run_tiny_finetuning")
+    save = run_tiny_finetuning.save_directory(tmp_path, False)
+    write_lines(save / "metrics.jsonl", dict.fromkeys(("eval_loss", "eval_token_accuracy", "eval_exact_match"), 0.5))
+    write_lines(save / "answers" / "step_1.jsonl", {"prompt": "p", "text": SEPARATED, "expected": "e", "matches": True})
+    assert f"after          {SEPARATED!r}" in run_tiny_finetuning.results(tmp_path, False)
