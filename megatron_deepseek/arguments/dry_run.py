@@ -10,8 +10,9 @@ from megatron_deepseek.arguments import values
 ROUTINGS = ("balanced", "zipf")
 DEVICES = ("gpu", "cpu")
 WORST, ALL = "worst", "all"
-_OF_DRY_RUNS = ("--world-size", "--ranks", "--dry-run-routing", "--dry-run-device", "--dry-run-micro-batches",
-                "--dry-run-json", "--dry-run-trace")
+KINDS = ("--dry-run-memory", "--dry-run-communication")
+OPTIONS = ("--world-size", "--ranks", "--dry-run-routing", "--dry-run-device", "--dry-run-micro-batches",
+           "--dry-run-json", "--dry-run-trace")  # of either
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,14 @@ def asked(argv: Sequence[str]) -> DryRun | None:
         args = argparse.Namespace(dry_run_memory=True, dry_run_communication=False, world_size=1, ranks=WORST,
                                   dry_run_routing=ROUTINGS[0], dry_run_device=DEVICES[0],
                                   dry_run_micro_batches=None, dry_run_json=None, dry_run_trace=None)
-        if not any(word.startswith(("--dry-run-memory", "--dry-run-communication")) for word in argv):
+        if not any(word.startswith(KINDS) for word in argv):
             return None
     if not (args.dry_run_memory or args.dry_run_communication):
-        alone = [word.split("=")[0] for word in argv if word.split("=")[0] in _OF_DRY_RUNS]
+        alone = [word.split("=")[0] for word in argv if word.split("=")[0] in OPTIONS]
         if alone:
-            raise ValueError(f"{alone[0]} is for --dry-run-memory and --dry-run-communication; torchrun says how many "
-                             "ranks a run has")
+            raise ValueError(f"{alone[0]} is for {' and '.join(KINDS)}; torchrun says how many ranks a run has")
         return None
-    which = "--dry-run-memory" if args.dry_run_memory else "--dry-run-communication"
+    which = KINDS[0] if args.dry_run_memory else KINDS[1]
     if args.world_size is None:
         raise ValueError(f"{which} needs --world-size, the number of ranks of the job that it stands for")
     outside = [rank for rank in args.ranks if rank >= args.world_size] if isinstance(args.ranks, tuple) else []

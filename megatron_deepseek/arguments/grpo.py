@@ -7,7 +7,7 @@ import argparse
 import re
 
 from megatron_deepseek.arguments import values
-from megatron_deepseek.arguments.dry_run import add_dry_run
+from megatron_deepseek.arguments.dry_run import KINDS, OPTIONS, add_dry_run
 from megatron_deepseek.arguments.parser import (
     AFTER_DATA,
     BEFORE_LENGTH,
@@ -51,12 +51,25 @@ class GrpoHelp(argparse.MetavarTypeHelpFormatter):
         return re.sub(r"\s*\([^()]*\)$", "", action.help) + f" ({_SHOWN[action.dest]})"
 
 
+class GrpoParser(OneLineParser):
+    """A parser that says what there is instead of a dry run, which would have to make rollouts."""
+
+    def describe_unknown(self, name: str) -> str:
+        if name in OPTIONS:
+            return f"{name} is for {' and '.join(KINDS)} of the other entries"
+        if name not in KINDS:
+            return super().describe_unknown(name)
+        return (f"{name} is no option of {PROGRAM}: a dry run makes no rollouts. finetune_deepseek.py {name} makes an "
+                "update's step of the same model and layout, and tools/plan.py memory --task grpo adds the engine and "
+                "the reference")
+
+
 def build_grpo_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=PROGRAM, formatter_class=GrpoHelp, allow_abbrev=False,
-                           usage=f"torchrun ... {PROGRAM} --model NAME --load DIR --prompts FILE --reward NAME ...",
-                           description="Train a DeepSeek model by rewards for its answers (GRPO). Defaults are given "
-                           "in parentheses.",
-                           epilog="examples/ has scripts that start it for each model, on one node and on many.")
+    parser = GrpoParser(prog=PROGRAM, formatter_class=GrpoHelp, allow_abbrev=False,
+                        usage=f"torchrun ... {PROGRAM} --model NAME --load DIR --prompts FILE --reward NAME ...",
+                        description="Train a DeepSeek model by rewards for its answers (GRPO). Defaults are given in "
+                        "parentheses.",
+                        epilog="examples/ has scripts that start it for each model, on one node and on many.")
     for add in (*BEFORE_LENGTH, _add_length_and_batch, _add_prompts, _add_rollouts, _add_rewards, _add_loss,
                 *BETWEEN_LENGTH_AND_DATA, *(each for each in AFTER_DATA if each is not add_dry_run)):
         add(parser)

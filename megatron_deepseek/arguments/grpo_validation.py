@@ -29,8 +29,8 @@ def _no_experts(r: Request) -> bool:
 
 
 def _reward_error(r: Request) -> bool:
-    """Return False, or raise the ValueError of the reader of --reward."""
-    parse_rewards(r.args.reward)
+    """Return False, or raise the ValueError of the reader of --reward. That it is missing, the parser says."""
+    parse_rewards(r.args.reward or ())
     return False
 
 

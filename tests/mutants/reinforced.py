@@ -31,6 +31,8 @@ REINFORCED = of(
     ARGUMENTS,
     ("Request.updates_per_rollout", "self.rollout_samples * self.args.grpo_iterations", "self.rollout_samples"),
     ("Request.batch", "self.rollout_samples if self.reinforces else self._row", "self._row"),
+    ("_reward_error", "r.args.reward or ()", "r.args.reward"),
+    ("GrpoParser.describe_unknown", "if name not in KINDS:", "if name:"),
     ("grpo_settings", "constant if args.loss_aggregation == CONSTANT else None", "args.loss_constant"),
 ) + of(
     PLOTTED,

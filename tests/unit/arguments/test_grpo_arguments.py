@@ -112,8 +112,21 @@ def test_a_run_begins_from_weights_alone():
 def test_rules_of_pretraining_hold_too_and_name_this_entry():
     assert "train_grpo.py" in message("--tensor-model-parallel-size 2")
     assert "--data-path is no option" in message("--data-path corpus")
-    assert "--dry-run-memory is no option" in message("--dry-run-memory")  # which knows nothing of rollouts
     assert settings("--micro-batch-size 3", 2).batch.micro_batch_size == 3  # rows are not samples
+
+
+def test_a_missing_reward_is_said_beside_other_mistakes():
+    without = BASE.replace("--reward exact", "")
+    with pytest.raises(ValueError, match="required: --reward$"):
+        parse(without.split(), 1, None, build_grpo_parser)
+    with pytest.raises(ValueError, match="(?s)required: --reward.*--grpo-group-size 1 must be at least 2"):
+        parse(f"{without} --grpo-group-size 1".split(), 1, None, build_grpo_parser)
+
+
+def test_what_there_is_instead_of_a_dry_run():
+    said = message("--dry-run-memory --world-size 8")
+    assert "finetune_deepseek.py --dry-run-memory makes an update's step" in said
+    assert "plan.py memory --task grpo" in said and "--world-size is for --dry-run-memory" in said
 
 
 def test_mistakes_are_found_before_torch_is_imported():
