@@ -24,6 +24,7 @@ from grouped_query import GROUPED_QUERY
 from llama_files import GGUF
 from loaded import LOADED
 from megatron_options import MEGATRON
+from multiplied import MULTIPLIED
 from mutant import of
 from parameters import PARAMETERS
 from policy import POLICY
@@ -532,4 +533,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS, *MULTIPLIED)
