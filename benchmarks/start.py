@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Seconds from the command to the first step of `make pretrain`'s job, beside the least that four such processes need.
+"""Seconds from the command to the first step of `make pretrain`'s job, beside the least that such processes need.
 
     python benchmarks/start.py [--run-dir runs/tiny] [--rounds 3] [--nproc 4]
 
 The run directory is one of `make pretrain`: its dataset and tokenizer are read, nothing in it is written. "job" is
 examples/pretrain_tiny.sh up to its line of iteration 1. "floor" is torchrun with as many processes that import torch's
-FSDP and pipelines, form a gloo group and wait for each other. They take turns. Processor seconds are those of all processes together up to
-that line: on a busy machine they are what to read. The first round of each also reads files from the disk.
+FSDP and pipelines, form a gloo group and wait for each other. They take turns. Processor seconds are those of all
+processes together up to that line: on a busy machine they are what to read. The first round of each also reads files
+from the disk.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def first_step(command: list[str], environ: dict[str, str]) -> tuple[float, floa
 
 
 def surroundings(**variables: str) -> dict[str, str]:
-    """Return this process's environment with these variables, and with bytecode kept, without which no start is warm."""
+    """Return the environment with these variables, and with bytecode kept, without which no start is warm."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | variables
 
 

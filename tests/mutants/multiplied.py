@@ -18,6 +18,7 @@ MULTIPLIED = of(
      "torch.mm(grad_logits.t(), x_TH, out=gradient_vH[rows])"),
     ("DeferringLinear.backward", "by_weight(grad, weight) if ctx", "grad @ weight if ctx"),
     ("grouped_wgrad", "multiply(round_up(grad).t()", "torch.mm(round_up(grad).t()"),
-    ("frozen_weight._Multiply.backward", "by_weight(grad, weight.dense(grad.dtype))", "grad @ weight.dense(grad.dtype)"),
+    ("frozen_weight._Multiply.backward", "by_weight(grad, weight.dense(grad.dtype))",
+     "grad @ weight.dense(grad.dtype)"),
     ("CachedGQA._together", "fused_attention(", "torch.nn.functional.scaled_dot_product_attention("),
 )
