@@ -92,9 +92,10 @@ def multiply_packed(x, packed):
     return torch_ops()._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def packs_bfloat16() -> bool:
-    """Return whether this processor has what packed weights of bfloat16 need."""
-    return torch_ops()._is_mkldnn_bf16_supported()
+def multiplies_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 on this processor, packed weights among it."""
+    import torch
+    return torch.backends.mkldnn.is_available() and torch_ops()._is_mkldnn_bf16_supported()
 
 
 def torch_ops():

@@ -8,14 +8,13 @@ Q tokens of each, L places; P places of the past.
 """
 
 import torch
-import torch.nn.functional as F
 
 from megatron_deepseek.inference.batch import Batch, Few, Many
 from megatron_deepseek.inference.cache import PagedCache
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.attention.gqa import GroupedQueryAttention, ProjectedHeads
 from megatron_deepseek.model.rotary import softmax_scale
-from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend
+from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend, fused_attention
 
 FEW = 16  # tokens of a sequence that are still computed with others: an answer's last one and its drafts
 
@@ -63,7 +62,7 @@ class CachedGQA:
         sharing, mask = q_RGnQD.shape[2], few.mask(self.window, q_TND.dtype)
         if mask is not None:
             mask = mask.unsqueeze(1).repeat(1, 1, sharing, 1)  # [R, 1, n * Q, L]
-        out = F.scaled_dot_product_attention(q_RGnQD.flatten(2, 3), k_RGLD, v_RGLD, attn_mask=mask, scale=self.scale)
+        out = fused_attention(q_RGnQD.flatten(2, 3), k_RGLD, v_RGLD, attn_mask=mask, scale=self.scale)
         return out.unflatten(2, (sharing, queries)).permute(0, 3, 1, 2, 4).reshape(q_TND.shape)
 
     def _alone(self, q_TND: torch.Tensor, own_TW: torch.Tensor, many: Many, cache: PagedCache) -> torch.Tensor:
@@ -88,8 +87,8 @@ class CachedGQA:
         place_L = torch.arange(places, device=q_1NTD.device)
         distance_TL = place_L[places - tokens:].unsqueeze(1) - place_L
         seen_TL = (distance_TL >= 0) & (distance_TL < self.window)
-        return F.scaled_dot_product_attention(q_1NTD, k_1GLD, v_1GLD, attn_mask=seen_TL, scale=self.scale,
-                                              enable_gqa=q_1NTD.shape[1] != k_1GLD.shape[1])
+        return fused_attention(q_1NTD, k_1GLD, v_1GLD, attn_mask=seen_TL, scale=self.scale,
+                               enable_gqa=q_1NTD.shape[1] != k_1GLD.shape[1])
 
     def _keys_and_values(self, block_RLW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [R, G, L, D] of what the cache keeps."""

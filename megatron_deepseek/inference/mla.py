@@ -13,14 +13,14 @@ places; V value width.
 """
 
 import torch
-import torch.nn.functional as F
 
 from megatron_deepseek.inference.batch import Batch, Few, Many
 from megatron_deepseek.inference.cache import PagedCache
 from megatron_deepseek.inference.quantised import dense_weight
 from megatron_deepseek.model.attention.mla import MLA
 from megatron_deepseek.model.rotary import softmax_scale
-from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend
+from megatron_deepseek.ops.attention import LogSumExpMerge, Scores, attend, fused_attention
+from megatron_deepseek.ops.products import multiply_each
 from megatron_deepseek.ops.rope import apply_rope
 
 PAST_CHUNK = 1024  # tokens of the past whose keys and values exist at once
@@ -69,11 +69,11 @@ class CachedMLA:
         """Return attention of the tokens of `groups`, [T, N, V]."""
         nope = self.config.qk_nope_head_dim
         w_k_NXC, w_v_NVC = self._weights(q_TNX.dtype)
-        q_NTC = torch.bmm(q_TNX[..., :nope].transpose(0, 1), w_k_NXC)
+        q_NTC = multiply_each(q_TNX[..., :nope].transpose(0, 1), w_k_NXC)
         q_TNW = torch.cat([q_NTC.transpose(0, 1), q_TNX[..., nope:]], -1)
         sums = [self._over_latents(q_TNW[group.rows], group, cache) for group in groups]
         o_TNC = sums[0] if len(sums) == 1 else torch.cat(sums)
-        return torch.bmm(o_TNC.transpose(0, 1), w_v_NVC.mT).transpose(0, 1)
+        return multiply_each(o_TNC.transpose(0, 1), w_v_NVC.mT).transpose(0, 1)
 
     def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W_k [N, nope, C] and W_v [N, V, C] of each head, as plain numbers.
@@ -98,8 +98,8 @@ class CachedMLA:
         past_RQLW = past_RLW.unsqueeze(1).expand(-1, queries, -1, -1)
         mask = group.mask(None, q_TNW.dtype)
         mask = None if mask is None else mask.unsqueeze(2)
-        out_RQNW = F.scaled_dot_product_attention(q_TNW.view(sequences, queries, *q_TNW.shape[1:]), past_RQLW,
-                                                  past_RQLW, attn_mask=mask, scale=self.scale)
+        out_RQNW = fused_attention(q_TNW.view(sequences, queries, *q_TNW.shape[1:]), past_RQLW, past_RQLW,
+                                   attn_mask=mask, scale=self.scale)
         return out_RQNW.flatten(0, 1)[..., :self.config.kv_lora_rank]
 
     def _expanded(self, q_TNX: torch.Tensor, own_TW: torch.Tensor, many: Many, cache: PagedCache) -> torch.Tensor:

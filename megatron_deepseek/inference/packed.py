@@ -19,7 +19,7 @@ from megatron_deepseek.model.deepseek import DeepseekStage
 from megatron_deepseek.model.moe import Experts
 from megatron_deepseek.ops.rounded_rows import round_up
 from megatron_deepseek.parallel.tensor import ParallelLinear
-from megatron_deepseek.torch_private import multiply_packed, pack_weight, packs_bfloat16
+from megatron_deepseek.torch_private import multiplies_bfloat16, multiply_packed, pack_weight
 
 ROWS = 8  # for how many rows weights are packed; other numbers are right too
 
@@ -66,7 +66,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of packed weights exist here."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and packs_bfloat16()
+    return dtype == torch.float32 or dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def pack(stage: DeepseekStage) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron_deepseek.ops import nf4
@@ -21,6 +20,7 @@ from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm, scaled_mm
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.lora import LowRank
 from megatron_deepseek.ops.precision_recipe import Deferred, Functions, GateUp, Gemm, Grouped
+from megatron_deepseek.ops.products import linear
 from megatron_deepseek.ops.swiglu import swiglu
 from megatron_deepseek.parallel.tensor import ParallelLinear
 
@@ -79,7 +79,7 @@ class PlainWeight(HeldWeight):
     weight: torch.Tensor
 
     def multiply(self, x):
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def multiply_grouped(self, rows_RK, counts):
         return grouped_gemm(rows_RK, self.weight, counts)
@@ -162,7 +162,7 @@ class Nf4Weight(HeldWeight):
 def _multiply_nf4(x: torch.Tensor, weight: nf4.Nf4) -> torch.Tensor:
     """Return x [..., K] times the transposed weight, whose rows are made plain by parts."""
     rows = max(1, _NUMBERS_AT_ONCE // weight.columns)
-    parts = [F.linear(x, nf4.dequantize(weight.rows(start, start + rows), x.dtype))
+    parts = [linear(x, nf4.dequantize(weight.rows(start, start + rows), x.dtype))
              for start in range(0, weight.shape[0], rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -177,7 +177,7 @@ class AdaptedWeight(HeldWeight):
     scale: float
 
     def multiply(self, x):
-        return self.base.multiply(x) + F.linear(F.linear(x, self.a_rK.to(x.dtype)), self.b_Nr.to(x.dtype)) * self.scale
+        return self.base.multiply(x) + linear(linear(x, self.a_rK.to(x.dtype)), self.b_Nr.to(x.dtype)) * self.scale
 
     def dense(self, dtype):
         wide = torch.promote_types(dtype, torch.float32)

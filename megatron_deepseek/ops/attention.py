@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.documents import Documents
+from megatron_deepseek.ops.products import is_widened
 
 aten = torch.ops.aten
 
@@ -40,11 +41,20 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     """
     rows = []
     for q_NSD, k_NSD, v_NSV, places in zip(q_BNSD, k_BNSD, v_BNSV, documents.rows, strict=True):
-        parts = [F.scaled_dot_product_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
+        parts = [fused_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
                                                 scale=scale, enable_gqa=q_NSD.shape[0] != k_NSD.shape[0])
                  for place in places]
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)
+
+
+def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+    """Return F.scaled_dot_product_attention, in float32 where products are (products.py)."""
+    if not is_widened(q):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    wide = {name: option.float() if isinstance(option, torch.Tensor) and option.dtype == q.dtype else option
+            for name, option in options.items()}  # a mask may be of q's dtype, or of booleans
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **wide).to(q.dtype)
 
 
 class Output:
@@ -71,8 +81,7 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
     if documents is None:
-        y_BNSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
-                                                enable_gqa=q.shape[1] != k.shape[1])
+        y_BNSV = fused_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     else:
         y_BNSV = attend_within_documents(q, k, v, documents, scale)
     return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)
@@ -147,12 +156,18 @@ def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _cpu_forward(q, k, v, scores: Scores):
+    if is_widened(q):
+        out, lse = _cpu_forward(q.float(), k.float(), v.float(), scores)
+        return out.to(q.dtype), lse
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, _pad(v, q.shape[-1]), 0.0, scores.causal, scale=scores.scale)
     return out[..., :v.shape[-1]], lse
 
 
 def _cpu_backward(grad, q, k, v, out, lse, scores: Scores):
+    if is_widened(q):
+        return tuple(each.to(q.dtype) for each in _cpu_backward(
+            grad.float(), q.float(), k.float(), v.float(), out.float(), lse, scores))
     width = q.shape[-1]
     grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _pad(grad, width), q, k, _pad(v, width), _pad(out, width), lse, 0.0, scores.causal, scale=scores.scale)

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops import nf4
@@ -26,6 +25,7 @@ from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.weight import Fp8Weight
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, has_native_kernel
 from megatron_deepseek.ops.precision_recipe import Deferred, Gemm, GemmOver, LinearAtOnce
+from megatron_deepseek.ops.products import by_weight, linear
 from megatron_deepseek.ops.recompute import kept
 
 Bytes = tuple[torch.Tensor, torch.Tensor]  # codes [..., N, c] and scales [..., s, d], uint8
@@ -168,14 +168,14 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, *counts):
         ctx.weight, ctx.counts = weight, counts
-        return _of_experts(grouped_forward, x, weight, *counts) if counts else F.linear(x, weight.dense(x.dtype))
+        return _of_experts(grouped_forward, x, weight, *counts) if counts else linear(x, weight.dense(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         weight, counts, grad_x = ctx.weight, ctx.counts, None
         if ctx.needs_input_grad[0]:
             grad_x = _of_experts(grouped_dgrad, grad.contiguous(), weight, *counts) if counts else \
-                grad @ weight.dense(grad.dtype)
+                by_weight(grad, weight.dense(grad.dtype))
         return grad_x, None, *(None for _ in counts)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.device import on_accelerator, send
+from megatron_deepseek.ops.products import multiply
 from megatron_deepseek.ops.rounded_rows import round_up, rows_of_kernel
 
 
@@ -24,9 +25,9 @@ def _products(x_RI: torch.Tensor, weight_EIO: torch.Tensor, counts_E: list[int])
     for weight, count in zip(weight_EIO.unbind(), counts_E):
         x = _rounded_rows(x_RI, start, count)
         if start + len(x) <= len(out_RO):
-            torch.mm(x, weight, out=out_RO[start:start + len(x)])  # rows behind this expert's are written again
+            multiply(x, weight, out=out_RO[start:start + len(x)])  # rows behind this expert's are written again
         else:
-            out_RO[start:].copy_((x @ weight)[:len(out_RO) - start])
+            out_RO[start:].copy_(multiply(x, weight)[:len(out_RO) - start])
         start += count
     return out_RO
 
@@ -71,7 +72,7 @@ def grouped_wgrad(grad_RO: torch.Tensor, x_RI: torch.Tensor, counts_E: list[int]
     grad_EOI = x_RI.new_empty(len(counts_E), grad_RO.shape[1], x_RI.shape[1])
     starts_E = accumulate(counts_E, initial=0)
     for grad, start, count, out in zip(grad_RO.split(counts_E), starts_E, counts_E, grad_EOI.unbind()):
-        torch.mm(round_up(grad).t(), _rounded_rows(x_RI, start, count), out=out)
+        multiply(round_up(grad).t(), _rounded_rows(x_RI, start, count), out=out)
     return grad_EOI
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.ops.backends.registry import with_backends
+from megatron_deepseek.ops.products import multiply_each
 
 
 @with_backends("gather_rows")
@@ -32,7 +33,7 @@ def sum_rows(x_RH: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tenso
     weights_TK, place_TK = weights_TK.where(place_TK < num_rows, 0), place_TK.clamp(max=num_rows - 1)
     if x_RH.device.type == "cpu" and x_RH.dtype == torch.bfloat16:
         x_TKH = x_RH.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
-        return torch.bmm(weights_TK.unsqueeze(1), x_TKH).squeeze(1)
+        return multiply_each(weights_TK.unsqueeze(1), x_TKH).squeeze(1)
     return F.embedding_bag(place_TK, x_RH, mode="sum", per_sample_weights=weights_TK)
 
 
@@ -73,7 +74,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx, grad_TH):
         y_RH, weights_TK, order_R, inverse_R = ctx.saved_tensors
         y_TKH = y_RH.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
-        grad_weights_TK = torch.bmm(y_TKH, grad_TH.unsqueeze(-1)).squeeze(-1).to(weights_TK.dtype)
+        grad_weights_TK = multiply_each(y_TKH, grad_TH.unsqueeze(-1)).squeeze(-1).to(weights_TK.dtype)
         weights_R1 = weights_TK.to(grad_TH.dtype).flatten().index_select(0, order_R).unsqueeze(-1)
         grad_RH = grad_TH.index_select(0, order_R // weights_TK.shape[1]).mul_(weights_R1)
         return grad_RH, grad_weights_TK, None, None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron_deepseek.ops.attention import Output, attention
 from megatron_deepseek.ops.grouped_gemm import grouped_gemm
 from megatron_deepseek.ops.norm import rms_norm
+from megatron_deepseek.ops.products import linear
 from megatron_deepseek.ops.recompute import kept
 from megatron_deepseek.ops.swiglu import swiglu
 
@@ -128,7 +129,7 @@ class Linear(Gemm):
     takes the weight gradient of callers that multiply by the weight themselves (parallel/vocabulary_chunks.py).
     """
 
-    multiply: Callable = F.linear
+    multiply: Callable = linear
     activate: Callable[..., AbstractContextManager] = kept
     swiglu: Callable[..., torch.Tensor] = swiglu
     defer: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None = None

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron_deepseek.device import on_accelerator
+from megatron_deepseek.torch_private import multiplies_bfloat16
 
 MULTIPLE = 64  # of which more rows than this become one
 
 
 def compiles_for_each_shape(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether kernels are compiled for every new number of rows."""
-    return dtype == torch.bfloat16 and device.type == "cpu"
+    return dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bfloat16()
 
 
 def rounded(rows: int) -> int:

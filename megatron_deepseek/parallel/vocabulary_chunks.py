@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from megatron_deepseek.ops.cross_entropy import CrossEntropy
+from megatron_deepseek.ops.products import linear, multiply
 from megatron_deepseek.parallel.tensor import TensorParallel
 from megatron_deepseek.parallel.vocabulary import joint_statistics
 from megatron_deepseek.parallel.vocabulary_logits import VocabularyLogits
@@ -92,11 +92,11 @@ class _LogProbabilities(torch.autograd.Function):
 
 def _statistics(x_TH, weight_vH, labels_T, tp, functions: CrossEntropy, slope_TH: torch.Tensor | None) -> torch.Tensor:
     """Return joint_statistics [3, T] of one chunk; fill `slope_TH` with the derivatives of log p by the input."""
-    logits_Tv = F.linear(x_TH, weight_vH)
+    logits_Tv = linear(x_TH, weight_vH)
     max_T, sum_T, label_T = joint_statistics(logits_Tv, labels_T, tp, functions)
     if slope_TH is not None:
         first_id, minus_T = tp.rank * len(weight_vH), torch.full_like(max_T, -1)
-        torch.mm(functions.gradient(logits_Tv, labels_T, first_id, max_T, sum_T, minus_T), weight_vH, out=slope_TH)
+        multiply(functions.gradient(logits_Tv, labels_T, first_id, max_T, sum_T, minus_T), weight_vH, out=slope_TH)
     return torch.stack([max_T, sum_T, label_T])
 
 
@@ -106,9 +106,9 @@ def _weight_gradient(x_TH, weight_vH, labels_T, first_id, max_T, sum_T, grad_T, 
     gradient_vH = torch.empty_like(weight_vH)
 
     def fill(rows: slice) -> None:
-        grad_logits = functions.gradient(F.linear(x_TH, weight_vH[rows]), labels_T, first_id + rows.start, max_T,
+        grad_logits = functions.gradient(linear(x_TH, weight_vH[rows]), labels_T, first_id + rows.start, max_T,
                                          sum_T, grad_T)
-        torch.mm(grad_logits.t(), x_TH, out=gradient_vH[rows])
+        multiply(grad_logits.t(), x_TH, out=gradient_vH[rows])
 
     for rows in slices(len(weight_vH), rows_of_a_block(len(x_TH), len(weight_vH), chunk_size)):
         fill(rows)
@@ -130,7 +130,7 @@ class _MapChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TH, weight_vH, chunk_size, tp, function, per_token):
-        parts = [function(VocabularyLogits(F.linear(x_TH[part], weight_vH), tp), *(each[part] for each in per_token))
+        parts = [function(VocabularyLogits(linear(x_TH[part], weight_vH), tp), *(each[part] for each in per_token))
                  for part in slices(len(x_TH), chunk_size)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TH, *per_token)
@@ -147,11 +147,11 @@ class _MapChunks(torch.autograd.Function):
         wide = torch.promote_types(weight_vH.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight_vH, dtype=wide) if wants_weight else None
         for part in slices(len(x_TH), ctx.chunk_size):
-            grad_logits = _grad_logits(F.linear(x_TH[part], weight_vH), ctx.tp, ctx.function,
+            grad_logits = _grad_logits(linear(x_TH[part], weight_vH), ctx.tp, ctx.function,
                                        [each[part] for each in per_token],
                                        [None if grad is None else grad[part] for grad in grads])
             if wants_x:
-                torch.mm(grad_logits, weight_vH, out=grad_x[part])
+                multiply(grad_logits, weight_vH, out=grad_x[part])
             if wants_weight:
                 _add_product(grad_weight, grad_logits, x_TH[part])
             del grad_logits  # frees them before the next chunk's are computed
@@ -182,4 +182,4 @@ def _add_product(sum_vH: torch.Tensor, grad_logits_Tv: torch.Tensor, x_TH: torch
         sum_vH.addmm_(grad_logits_Tv.t(), x_TH)
         return
     for rows in slices(len(sum_vH), _SUMMED_ROWS):
-        sum_vH[rows] += grad_logits_Tv[:, rows].t() @ x_TH
+        sum_vH[rows] += multiply(grad_logits_Tv[:, rows].t(), x_TH)

@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_deepseek.ops.grouped_gemm import grouped_dgrad, grouped_forward, grouped_wgrad
 from megatron_deepseek.ops.precision_recipe import Gemm
+from megatron_deepseek.ops.products import by_weight, linear, multiply
 from megatron_deepseek.parallel.data import accumulate_gradients, gathered
 
 
@@ -86,15 +87,15 @@ class DeferringLinear(torch.autograd.Function):
     def forward(ctx, x, weight, deferred):
         ctx.save_for_backward(*(x,) * ctx.needs_input_grad[1])
         ctx.weight, ctx.deferred = weight, deferred
-        return nn.functional.linear(x, weight)
+        return linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.weight
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
-            ctx.deferred.defer(weight, lambda: grad.flatten(0, -2).t() @ x.flatten(0, -2))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
+            ctx.deferred.defer(weight, lambda: multiply(grad.flatten(0, -2).t(), x.flatten(0, -2)))
+        return by_weight(grad, weight) if ctx.needs_input_grad[0] else None, None, None
 
 
 class _GroupedGemm(torch.autograd.Function):

@@ -14,8 +14,8 @@ BASE_WEIGHTS = of(
     ("_master_dtype", " if parameter.requires_grad", ""),
     ("is_quantised", " and not row.name.endswith(_PLAIN)", ""),
     ("FrozenWeight.expert", "slice(index, index + 1)", "slice(0, 1)"),
-    ("frozen_weight._Multiply.backward", "grad @ weight.dense(grad.dtype)",
-     "grad @ weight.dense(torch.bfloat16).to(grad.dtype)"),
+    ("frozen_weight._Multiply.backward", "by_weight(grad, weight.dense(grad.dtype))",
+     "by_weight(grad, weight.dense(torch.bfloat16).to(grad.dtype))"),
     ("Fp8Form.weight", "partial(_transposed, *blocks)", "blocks"),
 ) + of(
     READING,

@@ -24,6 +24,7 @@ from grouped_query import GROUPED_QUERY
 from llama_files import GGUF
 from loaded import LOADED
 from megatron_options import MEGATRON
+from multiplied import MULTIPLIED
 from mutant import of
 from on_gpus import ON_GPUS
 from parameters import PARAMETERS
@@ -533,4 +534,4 @@ MUTANTS = (
     *MLA, *LAYER,
     *BUILD, *INIT, *SAMPLES, *AGREED, *FROZEN, *PARAMETERS, *FINE_TUNED, *GROUPED_QUERY, *RELEASED, *LOADED, *ADAPTERS,
     *CONVERTED, *MEGATRON, *CHATS, *BASE_WEIGHTS, *SERVED, *EVALUATED, *PREFERRED, *REWARDED, *COMPILED, *GGUF,
-    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS, *ON_GPUS)
+    *ROLLOUTS, *REPLAYED, *POLICY, *DISTILLED, *REINFORCED, *DRY_RUNS, *ON_GPUS, *MULTIPLIED)

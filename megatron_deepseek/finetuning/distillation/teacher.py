@@ -30,6 +30,7 @@ from megatron_deepseek.model.head import OutputHead
 from megatron_deepseek.model.lora import freeze_base
 from megatron_deepseek.model.predictions import Predictions
 from megatron_deepseek.model.step import Rows, StepStatistics
+from megatron_deepseek.ops.products import linear
 from megatron_deepseek.parallel.collectives import all_gather
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
@@ -180,7 +181,7 @@ class LiveTeacher:
     def logits(self, states_TH: torch.Tensor) -> torch.Tensor:
         """Return the logits [T, v] of the columns that this rank has of the student's, without a gradient."""
         with torch.no_grad():
-            return F.linear(states_TH, self._head_vH)
+            return linear(states_TH, self._head_vH)
 
 
 def head_rows(head: OutputHead, columns: int) -> torch.Tensor:
