@@ -27,7 +27,7 @@ done
 
 # name | seconds | GPU or any: what --emulated can run | command
 tests() { echo "$1|$2|any|pytest -x -q -p no:cacheprovider tests/gpu/test_kernels_$1.py"; }
-bench() { echo "$1|$2|any|benchmarks/gpu.py --timeout $((($2 - 20) / ($# - 2))) --output OUTPUT/$1_table.json --only ${*:3}"; }
+bench() { echo "$1|$2|any|benchmarks/gpu.py --timeout $((($2 - 60) / ($# - 2))) --output OUTPUT/$1_table.json --only ${*:3}"; }
 parts() {
   echo "machine|60|GPU|nvidia-smi -L && PYTHON -m megatron_deepseek.ops"
   echo "build|$longest|any|PYTHON csrc/build.py --jobs $(getconf _NPROCESSORS_ONLN) $([[ $emulated ]] && echo --emulated || echo --or-keep)"
@@ -73,6 +73,9 @@ Path(folder, f"{name}.json").write_text(json.dumps({
     "date": datetime.now().isoformat(timespec="seconds")}, indent=1) + "\n")
 END
 }
+
+# What pytest counted: of tests that were skipped, nothing is known.
+counts_of() { grep -E '^[0-9]+ (passed|failed|skipped|error)' "$output/$1.log" | tail -1 | sed 's/\(.*\) in .*/, \1/'; }
 
 outcome_of() { sed -n 's/^ "outcome": "\(.*\)",$/\1/p' "$output/$1.json" 2>/dev/null; }
 
@@ -121,7 +124,7 @@ while IFS='|' read -r -u 3 name limit kind command; do
   fi
   run_part "$name" "$limit" "$kind" "$command"
   outcome=$(outcome_of "$name")
-  if [[ $outcome == skipped* ]]; then echo "$name: $outcome"; else echo "$name: $outcome, log in $output/$name.log"; fi
+  if [[ $outcome == skipped* ]]; then echo "$name: $outcome"; else echo "$name: $outcome$(counts_of "$name"), log in $output/$name.log"; fi
   [[ $outcome == failed* ]] && failed=$((failed + 1))
 done 3< <(parts)
 exit $failed

@@ -45,6 +45,11 @@ def test_what_passed_is_not_run_again(tmp_path):
     assert len(calls) == 2
 
 
+def test_how_many_tests_were_skipped_is_said(tmp_path):
+    done, _ = run(tmp_path, "--emulated", "--only", "alternatives", said="9 passed, 12 skipped in 25.45s")
+    assert done.stdout.startswith("alternatives: passed, 9 passed, 12 skipped, log in ")
+
+
 def test_tests_that_were_skipped_have_not_passed(tmp_path):
     done, _ = run(tmp_path, "--emulated", "--only", "gemm", said="38 skipped in 0.1s")
     assert done.stdout == "gemm: skipped: no test ran\n"
