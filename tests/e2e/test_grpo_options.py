@@ -8,6 +8,7 @@ import torch
 from grpo_bench import GrpoBench
 from transformers import DeepseekV3ForCausalLM
 
+from megatron_deepseek.checkpoint.tracker import iterations
 from megatron_deepseek.rl.rollouts import read_rollout
 
 pytestmark = pytest.mark.slow
@@ -16,17 +17,13 @@ ITERATIONS = 6
 RUN = ("--train-iters", str(ITERATIONS), "--global-batch-size", "8", "--save-interval", "3", "--kl", "k3", "--kl-beta",
        "0.1")
 ADAPTERS = ("--lora-rank", "4", "--lora-alpha", "64")
+TWO = ("--train-iters", "2")
 REFRESHED = ("--reference-refresh-interval", "2")
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> GrpoBench:
     return GrpoBench(tmp_path_factory.mktemp("grpo"))
-
-
-@pytest.fixture(scope="module")
-def alone(bench) -> list[dict]:
-    return bench.train(1, "alone", *RUN)
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +49,33 @@ def test_adapters_are_measured_by_their_base(bench, adapted):
 
 
 def test_adapters_learn_the_same_on_two_ranks(bench, adapted):
-    for one, two in zip(adapted[:2], bench.train(2, "adapted-2", *RUN, *ADAPTERS, "--expert-model-parallel-size", "2")):
+    found = bench.train(2, "adapted-2", *RUN, *ADAPTERS, *TWO, "--expert-model-parallel-size", "2")
+    for one, two in zip(adapted[:2], found, strict=True):
         for name in ("grpo_loss", "kl", "grad_norm", "entropy"):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("more", [ADAPTERS, REFRESHED, (*ADAPTERS, *REFRESHED)], ids=["adapters", "refreshed", "both"])
+@pytest.mark.parametrize("more", [
+    pytest.param(ADAPTERS, id="adapters", marks=pytest.mark.long),
+    pytest.param(REFRESHED, id="refreshed", marks=pytest.mark.long),
+    pytest.param((*ADAPTERS, *REFRESHED), id="both")])
 def test_a_run_with_background_saves_goes_on_after_a_kill(bench, adapted, more):
-    """It is gone in its fifth update; the checkpoint of iteration 3 is between two updates with a rollout."""
+    """It is gone in its second save, which has waited for the first one: between two updates with a rollout."""
     name = "-".join(each.strip("-") for each in more)
     expected = adapted if more == ADAPTERS else bench.train(1, f"whole-{name}", *RUN, *more)
-    bench.die(name, "step:5", *RUN, *more, "--async-save")
+    bench.die(name, "save:2", *RUN, *more, "--async-save")
+    assert iterations(bench.directory / name) == [3]
     assert bench.train(1, name, *RUN, *more, "--async-save") == expected
     whole = "adapted" if more == ADAPTERS else f"whole-{name}"
     assert bench.samples(name) == bench.samples(whole)
     assert bench.weights(name, ITERATIONS) == bench.weights(whole, ITERATIONS)
 
 
-def test_prompts_come_from_parquet_too(bench, alone):
+def test_prompts_come_from_parquet_too(bench):
     """Also rows with values that JSON does not have."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": str(number), "answer": str(number + 1), "when": datetime(2026, 1, 1 + number),
              "price": Decimal("1.50"), "image": b"\x89PNG\xff"} for number in range(6)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), bench.directory / "prompts.parquet", row_group_size=4)
-    assert bench.train(1, "parquet", *RUN, "--prompts", str(bench.directory / "prompts.parquet")) == alone
+    found = bench.train(1, "parquet", *RUN, *TWO, "--prompts", str(bench.directory / "prompts.parquet"))
+    assert found == bench.train(1, "jsonl", *RUN, *TWO)

@@ -6,6 +6,7 @@ COLLECTED = ("tests/unit/rl/test_collecting.py",)
 ARGUMENTS = ("tests/unit/arguments/test_grpo_arguments.py",)
 PLOTTED = ("tests/unit/cli/test_plot_rewards.py",)
 REFRESHED = ("tests/unit/rl/test_refreshed_reference.py",)
+ADAPTED = ("tests/e2e/test_grpo_options.py::test_adapters_are_measured_by_their_base",)
 KILLED = ("tests/e2e/test_grpo.py",)
 
 REINFORCED = of(
@@ -41,6 +42,9 @@ REINFORCED = of(
     REFRESHED,
     ("Reference.checkpoint_begins", "self._begun_save = iteration", "pass"),
     ("RolloutMaker.keep", "self.reference.checkpoint_begins(self._iteration)", "pass"),
+) + of(
+    ADAPTED,
+    ("RolloutMaker._scored", "with self.reference.in_trainer():", "with torch.enable_grad():"),
 ) + of(
     KILLED,
     ("RolloutMaker.make", "self._iteration = state.iteration + 1", "self._iteration = state.iteration"),

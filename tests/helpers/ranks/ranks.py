@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 # What ranks and commands would import one by one; the server imports it before the first fork.
-PRELOAD = ["torch", "torch.distributed.pipelining", "torch.distributed.tensor", "torch.testing",
+PRELOAD = ["torch", "pytest", "torch.distributed.pipelining", "torch.distributed.tensor", "torch.testing",
            "megatron_deepseek.planning.pipeline_balance", "megatron_deepseek.training.trainer",
            "megatron_deepseek.arguments.explain", "megatron_deepseek.pretraining.loop",
            "megatron_deepseek.finetuning.loop", "megatron_deepseek.cli.convert_checkpoint_run", "tokenizers"]
