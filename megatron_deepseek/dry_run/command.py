@@ -35,7 +35,9 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
     settings = parse_or_exit(completed(argv, data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
     preference = settings.fine_tuning.preference if settings.fine_tuning is not None else None
     if preference is not None:
-        raise ValueError(f"--objective {preference.objective} has no dry run, which makes a step of --objective sft")
+        raise ValueError(f"--objective {preference.objective} has no dry run, which has nothing beside a row's tokens. "
+                         "A step of --objective sft, without the options of preferences, has the same weights, "
+                         "gradients, moments and layers")
     from megatron_deepseek.dry_run.report import as_json, lines
     from megatron_deepseek.dry_run.trace import trace
 
@@ -43,6 +45,9 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
     for rank in ranks_of(wanted, settings):
         found.append(_dry_rank(wanted, settings, rank))
         print("\n".join(lines(wanted, settings, found[-1])), flush=True)
+    distillation = settings.fine_tuning.distillation if settings.fine_tuning is not None else None
+    if distillation is not None:
+        print(f"not in it: --teacher {distillation.teacher} (docs/distillation.md says what it takes)")
     for file, what in ((wanted.json, as_json), (wanted.trace, trace)):
         if file is not None:
             file.write_text(json.dumps(what(wanted, settings, found)) + "\n")
