@@ -32,7 +32,7 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
         return None
     size = str(wanted.world_size)
     node = str(min(wanted.world_size, _GPUS_OF_A_NODE))
-    settings = parse_or_exit(completed(argv, data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
+    settings = parse_or_exit(completed(_with_base(argv), data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
     preference = settings.fine_tuning.preference if settings.fine_tuning is not None else None
     if preference is not None:
         raise ValueError(f"--objective {preference.objective} has no dry run, which has nothing beside a row's tokens. "
@@ -52,6 +52,12 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
         if file is not None:
             file.write_text(json.dumps(what(wanted, settings, found)) + "\n")
     return 0
+
+
+def _with_base(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with a name of the weights beside adapters, which a dry run does not read."""
+    given = {word.split("=")[0] for word in argv}
+    return [*argv, *(("--load", "any") if "--lora-rank" in given and "--load" not in given else ())]
 
 
 def _dry_rank(wanted: DryRun, settings: Settings, rank: int):

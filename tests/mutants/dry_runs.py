@@ -49,6 +49,7 @@ DRY_RUNS = of(
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),
+    ("command._with_base", '("--load", "any") if', "() if"),
     ("command._run", 'if distillation is not None:', "if False:"),
     ("RecordedCollectives.__torch_dispatch__", "if name not in _LOCAL:", "if name not in (*_LOCAL, 'alltoall_base_'):"),
 )

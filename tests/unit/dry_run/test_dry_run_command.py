@@ -71,6 +71,13 @@ def test_fine_tuning_needs_no_data(capsys):
     assert "peak" in said and "not in it" not in said
 
 
+def test_adapters_need_no_weights(capsys):
+    """A quantised base too, whose bytes are those of no file."""
+    said = lines_of(capsys, f"--dry-run-memory --world-size 1 {TINY} --num-layers 2 --mtp-num-layers 0 --lora-rank 4 "
+                            "--quantization-bit 4 --global-batch-size 1 --dry-run-device gpu", build_finetuning_parser)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in said and "uint8[16, 128, 64]" in said
+
+
 def test_a_teacher_is_said_to_be_missing(capsys):
     said = lines_of(capsys, f"--dry-run-communication --world-size 2 {TINY} --num-layers 1 --teacher r1",
                     build_finetuning_parser)
