@@ -32,10 +32,12 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
         return None
     size = str(wanted.world_size)
     node = str(min(wanted.world_size, _GPUS_OF_A_NODE))
-    settings = parse_or_exit(completed(argv, data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
+    settings = parse_or_exit(completed(_with_base(argv), data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)
     preference = settings.fine_tuning.preference if settings.fine_tuning is not None else None
     if preference is not None:
-        raise ValueError(f"--objective {preference.objective} has no dry run, which makes a step of --objective sft")
+        raise ValueError(f"--objective {preference.objective} has no dry run, which has nothing beside a row's tokens. "
+                         "A step of --objective sft, without the options of preferences, has the same weights, "
+                         "gradients, moments and layers")
     from megatron_deepseek.dry_run.report import as_json, lines
     from megatron_deepseek.dry_run.trace import trace
 
@@ -43,10 +45,19 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
     for rank in ranks_of(wanted, settings):
         found.append(_dry_rank(wanted, settings, rank))
         print("\n".join(lines(wanted, settings, found[-1])), flush=True)
+    distillation = settings.fine_tuning.distillation if settings.fine_tuning is not None else None
+    if distillation is not None:
+        print(f"not in it: --teacher {distillation.teacher} (docs/distillation.md says what it takes)")
     for file, what in ((wanted.json, as_json), (wanted.trace, trace)):
         if file is not None:
             file.write_text(json.dumps(what(wanted, settings, found)) + "\n")
     return 0
+
+
+def _with_base(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with a name of the weights beside adapters, which a dry run does not read."""
+    given = {word.split("=")[0] for word in argv}
+    return [*argv, *(("--load", "any") if "--lora-rank" in given and "--load" not in given else ())]
 
 
 def _dry_rank(wanted: DryRun, settings: Settings, rank: int):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed import Work
 
+from megatron_deepseek.dry_run.host_shards import shards_on_host
+from megatron_deepseek.dry_run.plain_experts import one_expert_for_all
 from megatron_deepseek.ops.backends.kernels import FAKES, NAMESPACE
 from megatron_deepseek.torch_private import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
@@ -122,7 +124,8 @@ def _as_on_gpu() -> Iterator[None]:
     before = F.rms_norm, F.scaled_dot_product_attention
     F.rms_norm, F.scaled_dot_product_attention = _fused_norm, _fused_attention
     try:
-        yield
+        with shards_on_host(), one_expert_for_all():
+            yield
     finally:
         F.rms_norm, F.scaled_dot_product_attention = before
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_deepseek.data.batch import Batch
 from megatron_deepseek.dry_run.storages import Allocation, StorageLog
-from megatron_deepseek.parallel.data import gathered_weights, held_gradients
+from megatron_deepseek.parallel.data import gathered_weights, held_gradients, held_shards
 from megatron_deepseek.parallel.watch import Act
 from megatron_deepseek.training.trainer import Trainer
 
@@ -40,9 +40,8 @@ def category(allocation: Allocation) -> str:
 def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
     """Name what stands before the first act: shards, buffers, moments and the batch."""
     on_host = trainer.spec.build.offload.optimizer_cpu_offload
+    _label_shards(log, trainer)
     for stage in trainer.stages:
-        for name, tensor in stage.named_parameters():
-            log.label(tensor, HOST if on_host else WEIGHTS, name)
         for name, tensor in (*stage.named_buffers(), ("rotary table", stage.rope_2SD)):
             log.label(tensor, WEIGHTS, name)
     for each in trainer.parameters:
@@ -52,8 +51,18 @@ def label_states(log: StorageLog, trainer: Trainer, batch: Batch) -> None:
         log.label(tensor, BATCH)
 
 
+def _label_shards(log: StorageLog, trainer: Trainer) -> None:
+    on_host = trainer.spec.build.offload.optimizer_cpu_offload
+    for stage in trainer.stages:
+        for name, tensor in held_shards(stage):
+            log.label(tensor, HOST if on_host else WEIGHTS, name)
+
+
 def label_passing(log: StorageLog, trainer: Trainer) -> None:
-    """Name the storages that are gathered weights and gradients, of those that are there now."""
+    """Name the storages that are gathered weights and gradients, of those that are there now, and shards: of those that
+    FSDP has to pad it makes new ones in the first forward, where a tensor has no address, as fake ones have none.
+    """
+    _label_shards(log, trainer)
     for stage in trainer.stages:
         for name, tensor in gathered_weights(stage):
             log.label(tensor, GATHERED, name)

@@ -146,6 +146,12 @@ def _named_parameters_of(module: nn.Module) -> Iterator[tuple[str, FSDPParam]]:
         yield f"{names[place.module]}.{place.param_name}".removeprefix("."), parameter
 
 
+def held_shards(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's shards, with their weights' names in `module`, also of those that are gathered now."""
+    for name, parameter in _named_parameters_of(module):
+        yield name, _plain(parameter.sharded_param)
+
+
 def gathered_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the memory of gathered weights, with their names in `module`, of those units that were gathered once; it
     may be empty now.

@@ -9,6 +9,9 @@ STORAGES = (f"{UNIT}test_storages.py",)
 JOBS = (f"{UNIT}test_dry_jobs.py",)
 EVALUATION = ("tests/unit/parallel/test_forward_only.py", f"{UNIT}test_evaluation_memory.py")
 COMMAND = (f"{UNIT}test_dry_run_command.py",)
+IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
+PLAIN = (f"{UNIT}test_plain_experts.py",)
+REAL = ("tests/parallel/test_dry_run.py",)
 
 DRY_RUNS = of(
     ROUTES,
@@ -30,6 +33,20 @@ DRY_RUNS = of(
 ) + of(
     JOBS,
     ("SendingStage._send", 'if self.device.type != "cuda":', "if False:"),
+    ("labels.label_passing", "    _label_shards(log, trainer)", "    pass"),
+    ("_inputs_on_device", "kept.clone()", "kept"),
+    ("host_shards._on_host", "tensor.clone() if", "tensor if"),
+) + of(
+    IN_A_ROW,
+    ("fake_job.fake_job", "_clear_sharding_prop_cache()", "pass"),
+) + of(
+    PLAIN,
+    ("plain_experts._dense", "out[0].copy_(weight.form.dense(weight.codes[0], weight.scales[0], dtype))", "pass"),
+) + of(
+    REAL,
+    ("_Keeps.wait", "self._running.discard(self)", "pass"),
+    ("NothingComputed.__torch_dispatch__", "return args[0]  # as", "return args[0].clone()  # as"),
+    ("labels.category", "ACTIVATIONS if allocation.outlived else TEMPORARIES", "ACTIVATIONS"),
 ) + of(
     EVALUATION,
     ("forward_order", "stage = max(", "stage = min("),
@@ -38,5 +55,7 @@ DRY_RUNS = of(
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),
+    ("command._with_base", '("--load", "any") if', "() if"),
+    ("command._run", 'if distillation is not None:', "if False:"),
     ("RecordedCollectives.__torch_dispatch__", "if name not in _LOCAL:", "if name not in (*_LOCAL, 'alltoall_base_'):"),
 )

@@ -37,7 +37,8 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 def test_preferences_have_no_dry_run(capsys):
     said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} --objective reward --load base",
                     build_finetuning_parser, status=2)
-    assert "--objective reward has no dry run" in said and said.count("\n") == 1
+    assert "--objective reward has no dry run" in said and "A step of --objective sft" in said
+    assert said.count("\n") == 1
 
 
 def test_other_command_lines_are_left_alone():
@@ -67,4 +68,17 @@ def test_a_rank_of_a_pipeline(capsys, tmp_path):
 
 def test_fine_tuning_needs_no_data(capsys):
     said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} --loss-average sample", build_finetuning_parser)
-    assert "peak" in said
+    assert "peak" in said and "not in it" not in said
+
+
+def test_adapters_need_no_weights(capsys):
+    """A quantised base too, whose bytes are those of no file."""
+    said = lines_of(capsys, f"--dry-run-memory --world-size 1 {TINY} --num-layers 2 --mtp-num-layers 0 --lora-rank 4 "
+                            "--quantization-bit 4 --global-batch-size 1 --dry-run-device gpu", build_finetuning_parser)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in said and "uint8[16, 128, 64]" in said
+
+
+def test_a_teacher_is_said_to_be_missing(capsys):
+    said = lines_of(capsys, f"--dry-run-communication --world-size 2 {TINY} --num-layers 1 --teacher r1",
+                    build_finetuning_parser)
+    assert said.endswith("not in it: --teacher r1 (docs/distillation.md says what it takes)\n")
