@@ -26,7 +26,7 @@ sys.path.append(str(ROOT))  # where the package is not installed
 
 from gpu_pieces import kernels as kernel_pieces
 from gpu_pieces import models
-from gpu_pieces.timing import Bench, Ceilings, Row, as_json, first_line
+from gpu_pieces.timing import Bench, Ceilings, Row, as_json
 from megatron_deepseek.ops.backends import kernels
 from megatron_deepseek.ops.backends.registry import choices
 
@@ -86,8 +86,8 @@ def in_own_process(piece: str, args: argparse.Namespace, ceilings: Ceilings, fil
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=args.timeout)
         if done.returncode:
             problem = f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:120]}"
-    except subprocess.TimeoutExpired as error:
-        problem = first_line(error).replace(str(command), piece)
+    except subprocess.TimeoutExpired:
+        problem = f"not done in {args.timeout} s"
     rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     return rows + [Row(piece, "", "", problem=problem)] * bool(problem)
 

@@ -11,6 +11,7 @@ TRACED = ("tests/gpu/test_kernels_traced.py",)
 
 ON_GPUS = of(
     TABLES,
+    ("starts_aligned", "x.storage_offset() * x.element_size() % 16 == 0", "x.data_ptr() % 16 == 0"),
     ("operands.table", "keep(rows_of, tuple(counts)", "keep(rows_of, tuple(sorted(counts))"),
     ("operands.table", "stream_number(like.device))", "0)"),
     ("operands.table", "_captured if is_capturing(like.device) else _kept", "_kept"),
@@ -20,7 +21,6 @@ ON_GPUS = of(
 ) + of(
     TRACED,
     ("operands.table", "torch.compiler.is_compiling() or type(like) is not torch.Tensor", "False"),
-    ("starts_aligned", "x.storage_offset() * x.element_size() % 16 == 0", "x.data_ptr() % 16 == 0"),
 ) + of(
     STARTUP,
     ("_no_hopper", "_not_hopper() or _no_library()", "_no_library() or _not_hopper()"),

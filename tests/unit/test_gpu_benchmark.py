@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from megatron_deepseek.ops.backends import registry
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import gpu
 from gpu_pieces import kernels as pieces
-from gpu_pieces.timing import Bench, Case, as_json
+from gpu_pieces.timing import Bench, Case, Ceilings, Row, as_json
 
 PIECES = ("quantize", "routing", "rotary", "cross_entropy", "attend", "products", "grouped_products",
           "references_agree")
@@ -61,6 +63,12 @@ def test_what_only_a_gpu_has_is_left_out_elsewhere_and_said():
     assert left_out == {"piece": "a piece", "case": "x", "backend": "cuBLASLt",
                         "more": {"left_out": "no kernel for cpu"}}
     assert broken["problem"].startswith("ZeroDivisionError")
+
+
+def test_a_piece_that_takes_too_long_says_so(tmp_path):
+    args = SimpleNamespace(device="cpu", small=True, emulated=False, timeout=0.01)
+    assert gpu.in_own_process("routing", args, Ceilings(1.0, 1.0), tmp_path / "rows") == [
+        Row("routing", "", "", problem="not done in 0.01 s")]
 
 
 NOT_INSTALLED = """

@@ -1,14 +1,16 @@
-"""Tables of groups' tiles: what they say, that one that is kept is given for its own counts, device and stream, and how
-long it is kept.
+"""What kernels demand of their arguments: alignment, and tables of groups' tiles: what they say, that one that is kept
+is given for its own counts, device and stream, and how long it is kept.
 """
 
 import weakref
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from megatron_deepseek.ops.backends.cuda import operands
 from megatron_deepseek.ops.backends.cuda.operands import table, tile_rows
+from megatron_deepseek.ops.backends.kernels import starts_aligned
 
 CPU, META = torch.empty(1), torch.empty(1, device="meta")
 
@@ -78,3 +80,11 @@ def test_a_graph_of_counts_that_no_step_had_is_refused(monkeypatch):
     monkeypatch.setattr(operands, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"\[7, 5\] rows in its groups.*run the step once before"):
         table(two, [7, 5], CPU)
+
+
+@pytest.mark.filterwarnings("error")
+def test_alignment_is_known_without_data():
+    """A FakeTensor has no address: torch warns of whoever asks for it, or raises an error."""
+    with FakeTensorMode():
+        x = torch.empty(64, dtype=torch.bfloat16)
+        assert starts_aligned(x) and starts_aligned(x[8:]) and not starts_aligned(x[1:])
