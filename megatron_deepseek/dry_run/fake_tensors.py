@@ -5,6 +5,7 @@ GPU's all the same. Then this project's code takes its branches for GPUs (device
 torch that choose by device are replaced by what they choose on a GPU (`_as_on_gpu`).
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -20,7 +21,11 @@ _CPU = torch.device("cpu")
 # Results whose shape depends on numbers, or that share memory with what is not an argument.
 _BY_TORCH = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten.nonzero.default,
                        _aten.lift_fresh.default, _aten.masked_select.default, _aten.repeat_interleave.Tensor})
+_SEND = torch.ops.c10d.send.default
 _OF_NUMBERS = _aten.lift_fresh.default  # torch.tensor([1, 2]): on a device it takes memory as any other
+
+
+_SENDS_OF_FSDP = "all_gather_inputs", "foreach_reduce"  # with parameters in the host's memory
 
 
 class _Keeps(Work):
@@ -60,7 +65,7 @@ class NothingComputed(FakeTensorMode):
             except NotImplementedError:
                 pass  # an operator without a kernel for shapes alone: torch knows how to take it apart
         result = super().__torch_dispatch__(operator, types, args, kwargs)
-        return self._keeping(result, args) if operator.namespace == "c10d" else result
+        return self._keeping(operator, result, args) if operator.namespace == "c10d" else result
 
     def _are_plain(self, operator, args, kwargs) -> bool:
         """Return whether an operator has fake tensors alone, and gives such on their device."""
@@ -85,9 +90,11 @@ class NothingComputed(FakeTensorMode):
             return FakeTensor(self, result, _CPU)
         return type(result)(map(self._wrapped, result)) if isinstance(result, tuple | list) else result
 
-    def _keeping(self, result, args):
-        """Return a collective's result with a Work that keeps what it works on until somebody has waited."""
-        work = _Keeps(self._works, args)
+    def _keeping(self, operator, result, args):
+        """Return a collective's result with a Work that keeps what it works on until somebody has waited, but for what
+        a GPU sends to one other rank: NCCL lets go of it by itself.
+        """
+        work = _Keeps(self._works, None if self.stands_for_accelerator and operator is _SEND else args)
         self._works.add(work)
         return (*result[:-1], work.boxed()) if isinstance(result, tuple) else work.boxed()
 
@@ -121,10 +128,20 @@ def _as_on_gpu() -> Iterator[None]:
     """
     before = F.rms_norm, F.scaled_dot_product_attention
     F.rms_norm, F.scaled_dot_product_attention = _fused_norm, _fused_attention
+    torch.Tensor.to = _copied_for_fsdp  # hides the method of torch.Tensor's base
     try:
         yield
     finally:
         F.rms_norm, F.scaled_dot_product_attention = before
+        del torch.Tensor.to
+
+
+def _copied_for_fsdp(tensor, *args, **kwargs):
+    """Return what torch.Tensor.to returns, but a copy where FSDP sends a shard of weights to the device to be gathered,
+    or a reduced gradient to the host: both are on the CPU here, where torch would copy nothing.
+    """
+    result = torch._C.TensorBase.to(tensor, *args, **kwargs)
+    return result.clone() if result is tensor and sys._getframe(1).f_code.co_name in _SENDS_OF_FSDP else result
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ ROUTES = (f"{UNIT}test_drawn_routes.py",)
 ENOUGH = (f"{UNIT}test_enough_micro_batches.py",)
 STORAGES = (f"{UNIT}test_storages.py",)
 JOBS = (f"{UNIT}test_dry_jobs.py",)
+FREED = (f"{UNIT}test_freed_weights.py",)
 COMMAND = (f"{UNIT}test_dry_run_command.py",)
 
 DRY_RUNS = of(
@@ -29,6 +30,12 @@ DRY_RUNS = of(
 ) + of(
     JOBS,
     ("SendingStage._send", 'if self.device.type != "cuda":', "if False:"),
+) + of(
+    FREED,
+    ("ReducingStage.backward_maybe_with_nosync", "not (last_backward or frees_after_forward(self.submod))",
+     "not last_backward"),
+    ("fake_tensors._copied_for_fsdp", "result.clone() if result is tensor", "result if result is tensor"),
+    ("rank.batch_of", "* 2 // length", "* 0"),
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),
