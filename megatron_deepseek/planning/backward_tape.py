@@ -143,7 +143,7 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
         _mlp(tape, shapes, model.intermediate_size, stream)
     _norm(tape, stream, "input of the MLP's norm")
     by_blocks = shapes.layout.cp > 1 or model.window_of(index) is not None
-    (_grouped_query if model.grouped_query else _latent)(tape, shapes, stream, by_blocks)
+    (_heads_of_groups if model.grouped_query else _latent)(tape, shapes, stream, by_blocks)
     _norm(tape, stream, "input of the layer")
     if mtp:
         tape.product("MTP's joined input", stream, 2 * stream, 2 * model.hidden_size ** 2)
@@ -289,7 +289,7 @@ def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> 
     tape.drop(stream, other)
 
 
-def _grouped_query(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> None:
+def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> None:
     """Go back through grouped-query attention (model/attention/gqa.py). It turns queries and keys in float32."""
     model, numbers, heads, whole, size = shapes.model, shapes.numbers, shapes.heads, shapes.whole, shapes.model.head_dim
     h, queries = model.hidden_size, numbers.plain(whole, heads * size)
