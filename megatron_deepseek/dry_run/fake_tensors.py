@@ -22,6 +22,7 @@ _CPU = torch.device("cpu")
 # Results whose shape depends on numbers, or that share memory with what is not an argument.
 _BY_TORCH = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten.nonzero.default,
                        _aten.lift_fresh.default, _aten.masked_select.default, _aten.repeat_interleave.Tensor})
+_SEND = torch.ops.c10d.send.default
 _OF_NUMBERS = _aten.lift_fresh.default  # torch.tensor([1, 2]): on a device it takes memory as any other
 
 
@@ -62,7 +63,7 @@ class NothingComputed(FakeTensorMode):
             except NotImplementedError:
                 pass  # an operator without a kernel for shapes alone: torch knows how to take it apart
         result = super().__torch_dispatch__(operator, types, args, kwargs)
-        return self._keeping(result, args) if operator.namespace == "c10d" else result
+        return self._keeping(operator, result, args) if operator.namespace == "c10d" else result
 
     def _are_plain(self, operator, args, kwargs) -> bool:
         """Return whether an operator has fake tensors alone, and gives such on their device."""
@@ -87,9 +88,11 @@ class NothingComputed(FakeTensorMode):
             return FakeTensor(self, result, _CPU)
         return type(result)(map(self._wrapped, result)) if isinstance(result, tuple | list) else result
 
-    def _keeping(self, result, args):
-        """Return a collective's result with a Work that keeps what it works on until somebody has waited."""
-        work = _Keeps(self._works, args)
+    def _keeping(self, operator, result, args):
+        """Return a collective's result with a Work that keeps what it works on until somebody has waited, but for what
+        a GPU sends to one other rank: NCCL lets go of it by itself.
+        """
+        work = _Keeps(self._works, None if self.stands_for_accelerator and operator is _SEND else args)
         self._works.add(work)
         return (*result[:-1], work.boxed()) if isinstance(result, tuple) else work.boxed()
 

@@ -42,11 +42,17 @@ def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes:
 
 
 def batch_of(settings: Settings) -> Batch:
-    """Return one data rank's rows of a global batch, with nothing in particular in them."""
-    rows = settings.batch.global_batch_size // settings.layout.dp
-    shape = rows, settings.data.seq_length
-    return Batch(tokens_BS=torch.zeros(shape, dtype=torch.int64), labels_BS=torch.zeros(shape, dtype=torch.int64),
-                 weights_BS=torch.ones(shape))
+    """Return one data rank's rows of a global batch, with nothing in particular in them. Where attention stays within
+    documents each row has two of the same length.
+    """
+    rows, length = settings.batch.global_batch_size // settings.layout.dp, settings.data.seq_length
+    documents = None
+    if settings.data.reset_attention_mask:
+        with unset_fake_temporarily():  # they stay on the host, which reads where they end
+            documents = (torch.arange(length) * 2 // length).repeat(rows, 1)
+    return Batch(tokens_BS=torch.zeros((rows, length), dtype=torch.int64),
+                 labels_BS=torch.zeros((rows, length), dtype=torch.int64), weights_BS=torch.ones((rows, length)),
+                 documents_BS=documents)
 
 
 _ALL_AT_ONCE = ("GPipe", "LoopedBFS")  # every micro-batch's forward comes before the first backward

@@ -197,9 +197,13 @@ def synchronize_gradients(module: FSDPModule, enabled: bool) -> None:
 
     If it only accumulates, gathered weights stay for the next forward, unless a forward already frees them.
     """
-    freed = any(parameter.post_forward_mesh_info for each in module.modules() for parameter in _parameters_of(each))
     module.set_requires_gradient_sync(enabled)
-    module.set_reshard_after_backward(enabled or freed)
+    module.set_reshard_after_backward(enabled or frees_after_forward(module))
+
+
+def frees_after_forward(module: nn.Module) -> bool:
+    """Return whether each forward of `module` frees the weights that it has gathered, so that backwards gather them."""
+    return any(parameter.post_forward_mesh_info for each in module.modules() for parameter in _parameters_of(each))
 
 
 def accumulate_gradients(module: nn.Module) -> None:

@@ -5,6 +5,9 @@ PyTorch's own stage keeps FSDP from reducing in any backward, and reduces all la
 (REDUCE_GRAD). Where weight gradients are deferred nothing earlier is possible, since they are computed after the
 backward; so such stages are left to PyTorch.
 
+It also leaves all weights of a stage gathered behind every backward but the last. Here weights that each forward frees
+are freed layer by layer by each backward as well.
+
 It also makes receive buffers for every micro-batch of a step before the first, and keeps them: of V3 with 1,920
 micro-batches half a terabyte. Here a buffer is made when its receive is started. Hidden states are from then on the
 graph's, gradients the backward's, and freed with it.
@@ -27,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from megatron_deepseek.parallel.data import reshard
+from megatron_deepseek.parallel.data import frees_after_forward, reshard
 from megatron_deepseek.parallel.watch import Act, Watch, unwatched
 from megatron_deepseek.torch_private import _batch_p2p, _wait_batch_p2p, stage_backward
 
@@ -136,12 +139,12 @@ class ReducingStage(PipelineStage):
             if last_backward:
                 reshard(self.submod)
             return (None,) * len(bwd_kwargs["input_values"]), None
-        if self.dw_builder or not last_backward:
+        if self.dw_builder or not (last_backward or frees_after_forward(self.submod)):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         assert backward_type == "full", backward_type
-        self.submod.set_is_last_backward(True)
+        self.submod.set_is_last_backward(last_backward)
         self.submod.set_reshard_after_backward(True)
-        self.submod.set_requires_gradient_sync(True)
+        self.submod.set_requires_gradient_sync(last_backward)
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None
 
     def finish_step(self) -> None:

@@ -9,11 +9,13 @@ of one stage a rank start a receive when it is needed.
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES, rank_of_stage
-from megatron_deepseek.planning.actions import DUAL_PIPE, Act, Run, actions
+from megatron_deepseek.planning.actions import DUAL_PIPE, Act, Run, actions, held_stages
 
 Waiting = Mapping[tuple[str, int], int]  # by kind, hidden states "F" or their gradients "B", and stage
+Counts = tuple[tuple[tuple[int, int], ...], ...]  # of each act and stage: hidden states, gradients
 _CLOSING = 2  # turns that a stage takes after its last backward: to reduce its gradients, to free gathered weights
 
 
@@ -26,13 +28,44 @@ def most_waiting(schedule: str, pp: int, virtual_stages: int, micro_batches: int
     if VIRTUAL_STAGES[schedule] == 1:
         return one_each(pp * virtual_stages)
     number = _enough(schedule, pp, micro_batches)
-    lists = [actions(schedule, pp, virtual_stages, number, rank) for rank in range(pp)]
-    stages = pp * virtual_stages
     waiting, most = Counter(), Counter()
-    for kind, stage, change in _turns(lists, lambda stage: rank_of_stage(stage, stages, pp, schedule), stages):
-        waiting[kind, stage] += change
-        most[kind, stage] = max(most[kind, stage], waiting[kind, stage])
+    for event in _all_turns(schedule, pp, virtual_stages, number):
+        if isinstance(event, Receive):
+            waiting[event.kind, event.stage] += event.change
+            most[event.kind, event.stage] = max(most[event.kind, event.stage], waiting[event.kind, event.stage])
     return most
+
+
+@lru_cache(128)
+def waiting_in_acts(schedule: str, pp: int, virtual_stages: int, micro_batches: int) -> tuple[Counts, ...]:
+    """Return for each pipeline rank, each of its acts and each of its stages how many hidden states and how many
+    gradients have arrived, or may at any time, while it does the act. A gradient counts to the end of its backward; a
+    hidden state that is being computed is no longer counted.
+    """
+    held = [held_stages(schedule, pp, virtual_stages, rank) for rank in range(pp)]
+    if schedule == DUAL_PIPE:
+        most = most_waiting(schedule, pp, virtual_stages, micro_batches)
+        every = [tuple((most.get(("F", stage), 0), most.get(("B", stage), 0)) for stage in each) for each in held]
+        return tuple((each,) * len(actions(schedule, pp, virtual_stages, micro_batches, rank))
+                     for rank, each in enumerate(every))
+    if pp == 1 or VIRTUAL_STAGES[schedule] == 1:
+        return tuple(tuple(_in_need(act, each, pp * virtual_stages) for act in
+                           actions(schedule, pp, virtual_stages, micro_batches, rank))
+                     for rank, each in enumerate(held))
+    found, waiting = [[] for _ in held], Counter()
+    for event in _all_turns(schedule, pp, virtual_stages, micro_batches):
+        if isinstance(event, Receive):
+            waiting[event.kind, event.stage] += event.change
+        else:
+            stages = held[event.rank]
+            found[event.rank].append(tuple((waiting["F", stage], waiting["B", stage]) for stage in stages))
+    return tuple(map(tuple, found))
+
+
+def _in_need(act: Act, stages: Sequence[int], number: int) -> tuple[tuple[int, int], ...]:
+    """Return what has arrived where a receive is started when it is needed: the gradient of the backward that runs."""
+    backwards = {run.stage for run in act if run.kind in "BI"}
+    return tuple((0, int(stage in backwards and stage < number - 1)) for stage in stages)
 
 
 def one_each(stages: int) -> Waiting:
@@ -47,9 +80,29 @@ def _enough(schedule: str, pp: int, micro_batches: int) -> int:
     return min(micro_batches, 4 * pp)
 
 
-def _turns(lists: Sequence[Sequence[Act]], rank_of: Callable[[int], int], stages: int
-           ) -> Iterator[tuple[str, int, int]]:
-    """Yield (kind, stage, +1) for each receive that is started and (kind, stage, -1) when its micro-batch is computed.
+def _all_turns(schedule: str, pp: int, virtual_stages: int, micro_batches: int) -> Iterator["Receive | Begin"]:
+    lists = [actions(schedule, pp, virtual_stages, micro_batches, rank) for rank in range(pp)]
+    stages = pp * virtual_stages
+    return _turns(lists, lambda stage: rank_of_stage(stage, stages, pp, schedule), stages)
+
+
+class Receive(NamedTuple):
+    """`change` 1: a receive for a stage is started; -1: what it was for, a forward ("F") or backward ("B"), has it."""
+
+    kind: str
+    stage: int
+    change: int
+
+
+class Begin(NamedTuple):
+    """A rank begins its next act."""
+
+    rank: int
+
+
+def _turns(lists: Sequence[Sequence[Act]], rank_of: Callable[[int], int], stages: int) -> Iterator[Receive | Begin]:
+    """Yield what happens, in order. The hidden state that a forward takes is let go of before its act begins, the
+    gradient of a backward behind it.
 
     In a turn each rank whose next act has all that it needs does it.
     """
@@ -60,19 +113,26 @@ def _turns(lists: Sequence[Sequence[Act]], rank_of: Callable[[int], int], stages
         for rank, acts in enumerate(left):
             if not acts or not all(_needs(run, stages) <= there[rank] for run in acts[0]):
                 continue
-            moved = True
-            for run in acts.popleft():
-                if run.kind == "W":
-                    continue
-                kind = "F" if run.kind == "F" else "B"
-                there[rank].add(Run(kind, run.stage, run.micro_batch))
-                before, after = (-1, 1) if kind == "F" else (1, -1)
-                if 0 <= run.stage + before < stages and rank_of(run.stage + before) != rank:
-                    yield kind, run.stage, -1
-                if 0 <= run.stage + after < stages and rank_of(run.stage + after) != rank:
-                    there[rank_of(run.stage + after)].add(Run(kind, run.stage, run.micro_batch))
-                    yield kind, run.stage + after, 1
+            moved, act = True, acts.popleft()
+            taken = [Receive(kind, run.stage, -1) for run in act for kind, before in _received(run)
+                     if 0 <= run.stage + before < stages and rank_of(run.stage + before) != rank]
+            yield from (each for each in taken if each.kind == "F")
+            if act:
+                yield Begin(rank)
+            yield from (each for each in taken if each.kind == "B")
+            for run in act:
+                for kind, before in _received(run):
+                    there[rank].add(Run(kind, run.stage, run.micro_batch))
+                    receiver = run.stage - before
+                    if 0 <= receiver < stages and rank_of(receiver) != rank:
+                        there[rank_of(receiver)].add(Run(kind, run.stage, run.micro_batch))
+                        yield Receive(kind, receiver, 1)
         assert moved, "ranks wait for each other for ever"
+
+
+def _received(run: Run) -> tuple[tuple[str, int], ...]:
+    """Return what a run receives, hidden states or gradients, and where from, as a step along the stages."""
+    return () if run.kind == "W" else (("F", -1),) if run.kind == "F" else (("B", 1),)
 
 
 def _with_closing_turns(acts: Sequence[Act]) -> Iterator[Act]:

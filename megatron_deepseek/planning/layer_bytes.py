@@ -5,10 +5,11 @@ first ones.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_deepseek.planning.activations import layer, mtp, remaining, staying, total
+from megatron_deepseek.planning.activations import layer, mtp, remaining, total
+from megatron_deepseek.planning.backward_tape import Backward, layer_moments
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
@@ -25,21 +26,10 @@ class LayerMode:
 
 
 @dataclass(frozen=True)
-class Backward:
-    """A moment of a layer's backward, in which its MLP (`of_mlp`) or its attention is at work: `bytes` that exist then,
-    less those of the layer's kept ones that are free again; `left` of what waits for weight gradients is there too.
-    """
-
-    of_mlp: bool
-    bytes: float
-    left: float = 0.0
-
-
-@dataclass(frozen=True)
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
     exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
-    where a schedule makes them later.
+    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered.
     """
 
     kept: float
@@ -47,6 +37,7 @@ class LayerBytes:
     forward: float
     moments: tuple[Backward, ...]
     waiting: float
+    sent: float
 
     @property
     def backward(self) -> float:
@@ -62,9 +53,11 @@ def modes(recompute: RecomputeSettings, offload: OffloadSettings, count: int) ->
 
 
 @lru_cache(4096)
-def layer_bytes(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
-    """Return what layer `index` takes; ids from num_hidden_layers on are MTP modules. Equal layers are counted once."""
-    return _of_kind(shapes, _representative(shapes, index), mode)
+def layer_bytes(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool = False) -> LayerBytes:
+    """Return what layer `index` takes; ids from num_hidden_layers on are MTP modules. Equal layers are counted once.
+    `deferred`: a schedule makes weight gradients apart.
+    """
+    return _of_kind(shapes, _representative(shapes, index), mode, deferred)
 
 
 def _representative(shapes: LayerShapes, index: int) -> int:
@@ -78,65 +71,34 @@ def _representative(shapes: LayerShapes, index: int) -> int:
 
 
 @lru_cache(1024)
-def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode) -> LayerBytes:
+def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool) -> LayerBytes:
     depth = index - shapes.model.num_hidden_layers
     whole = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
     waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
-    moments = _moments(shapes, index, whole, mode)
-    if mode.full:
-        kept, stays = total(inputs(shapes, whole)), 0.0
-    else:
-        kept, stays = total(whole, mode.again), staying(whole, mode.again)
+    held = inputs(shapes, whole) if mode.full else list(remaining(whole, mode.again))
+    stays = [each for each in held if each.name == "MTP's output" or each.stays and not mode.full]
+    kept = sum(each.bytes for each in held)
+    moments = layer_moments(shapes, index, _made_at_all(whole, mode), stays if mode.offloaded else held, deferred,
+                            mode.full)
+    experts = shapes.model.is_moe_layer(index)
+    sent = shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size) if experts else 0.0
     if mode.offloaded:
-        back = kept - stays - sum(each.bytes for each in whole if each.name == "MTP's output")
+        back = kept - sum(each.bytes for each in stays)
         host = back + _offloaded_too(shapes, depth, mode)
-        return LayerBytes(kept - back, host, buffers(shapes, index) + host, _brought_back(moments, whole, host, mode),
-                          waiting)
+        return LayerBytes(kept - back, host, buffers(shapes, index) + host, moments, waiting, sent)
     again = total(whole) - kept if mode.full else 0.0
-    return LayerBytes(kept, 0.0, buffers(shapes, index) + again, moments, waiting)
+    return LayerBytes(kept, 0.0, buffers(shapes, index) + again, moments, waiting, sent)
 
 
-def _moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], mode: LayerMode) -> tuple[Backward, Backward]:
-    """Return the moments of a layer that keeps all on the device. The MLP comes first, and what it has kept, or what
-    was made again for it, is free when attention's turn comes.
-    """
-    block, others = _of_mlp(whole)
-    stream = shapes.numbers.plain(shapes.stream, 2 * shapes.model.hidden_size)
-    in_mlp, in_attention = stream + mlp_gradients(shapes, index), stream + attention_in_flight(shapes)
-    left = deferred_inputs(remaining(block, ())) + deferred_gradients(shapes, index) - attention_gradients(shapes)
-    if mode.full:
-        kept = total(inputs(shapes, whole))
-        return (Backward(True, total(whole) - kept + in_mlp),
-                Backward(False, total(others) - kept + in_attention, left))
-    return (Backward(True, largest_made_again(block, mode.again) + in_mlp),
-            Backward(False, largest_made_again(others, mode.again) - total(block, mode.again) + in_attention, left))
-
-
-def _of_mlp(whole: tuple[Kept, ...]) -> tuple[tuple[Kept, ...], tuple[Kept, ...]]:
-    """Return what belongs to a layer's MLP, from the input of its norm on, and what belongs to all before it."""
-    begin = next(at for at, each in enumerate(whole) if each.name == "input of the MLP's norm")
-    block = tuple(each for each in whole[begin:] if each.name != "MTP's output")
-    return block, tuple(each for each in whole if each not in block)
+def _made_at_all(whole: Iterable[Kept], mode: LayerMode) -> tuple[Kept, ...]:
+    """Return what a layer keeps or makes again."""
+    return tuple(each for each in whole if each.for_again in (None, *mode.again))
 
 
 def _offloaded_too(shapes: LayerShapes, depth: int, mode: LayerMode) -> float:
     """Return what goes to the host beside what a layer keeps: MTP's first state, and each layer's rotary table."""
     state = shapes.numbers.plain(shapes.stream, shapes.model.hidden_size) if depth >= 0 else 0.0
     return state + (0 if mode.full else 4 * shapes.length // shapes.layout.cp * shapes.model.rotary_dim)
-
-
-def _brought_back(moments: tuple[Backward, Backward], whole: tuple[Kept, ...], host: float, mode: LayerMode
-                  ) -> tuple[Backward, Backward]:
-    """Return the moments of a layer whose kept tensors lie in the host's memory: those of the MLP come back first, and
-    then those of attention.
-    """
-    in_mlp, in_attention = moments
-    if mode.full:
-        return replace(in_mlp, bytes=in_mlp.bytes + host), replace(in_attention, bytes=in_attention.bytes + host)
-    block = _of_mlp(whole)[0]
-    of_mlp = total(block, mode.again) - staying(block, mode.again)
-    return (replace(in_mlp, bytes=in_mlp.bytes + of_mlp),
-            replace(in_attention, bytes=in_attention.bytes + host))
 
 
 def inputs(shapes: LayerShapes, whole: Iterable[Kept]) -> list[Kept]:
@@ -146,12 +108,6 @@ def inputs(shapes: LayerShapes, whole: Iterable[Kept]) -> list[Kept]:
     if any(each.name == "MTP's embedding" for each in held):
         names = ("MTP's embedding", "MTP's output")
     return [each for each in held if each.name in names]
-
-
-def largest_made_again(whole: Iterable[Kept], again: Iterable[str]) -> float:
-    """Return the bytes of the module that makes most again: they exist one after the other."""
-    held = list(whole)
-    return max((sum(each.bytes for each in held if each.again == name) for name in again), default=0.0)
 
 
 _PRODUCT_INPUTS = frozenset((
@@ -220,20 +176,3 @@ def buffers(shapes: LayerShapes, index: int) -> float:
     sent = shapes.own * model.num_experts_per_tok
     across = shapes.own * shapes.traffic.nodes * 2 if shapes.traffic.dispatcher == "grouped" else 0
     return shapes.numbers.plain(sent + expert_rows(shapes) + across, model.hidden_size)
-
-
-def attention_in_flight(shapes: LayerShapes) -> float:
-    """Return the bytes of the gradients of queries, keys, values and output, which exist at once in the backward."""
-    of_head = shapes.model.qk_head_dim + shapes.model.value_head_dim
-    return shapes.numbers.plain(shapes.whole, (shapes.heads + shapes.kv_heads) * of_head)
-
-
-def mlp_gradients(shapes: LayerShapes, index: int) -> float:
-    """Return the bytes of the gradients of an MLP's result, of its hidden values and of gate and up, which exist at
-    once in the backward, with the buffers in which gradients of experts' rows come and go.
-    """
-    model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
-    if not model.is_moe_layer(index):
-        return numbers.plain(shapes.whole, 3 * model.intermediate_size // layout.tp)
-    width = 3 * model.moe_intermediate_size // layout.etp
-    return numbers.plain(expert_rows(shapes), model.hidden_size + width) + buffers(shapes, index)

@@ -9,15 +9,16 @@ what several factors would mean.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.planning.gpus import Gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.overheads import Range, overheads
 from megatron_deepseek.planning.replay import Peak, replay
-from megatron_deepseek.planning.stage_bytes import receive_buffers, stage_bytes, terms_of_stage
-from megatron_deepseek.planning.state_bytes import StateParts, state_parts
-from megatron_deepseek.planning.tasks import Task, extra_bytes, states_of_task, working_bytes
+from megatron_deepseek.planning.stage_bytes import arrived, stage_bytes, terms_of_stage
+from megatron_deepseek.planning.stage_states import passing
+from megatron_deepseek.planning.state_bytes import Divided, StateParts, state_parts
+from megatron_deepseek.planning.tasks import Task, extra_bytes, states_of_task, with_adapters, working_bytes
 
 IMBALANCES = (1.0, 1.25, 2.0)  # rows of the fullest expert rank over the mean
 PRETRAIN = Task()
@@ -28,8 +29,10 @@ FITS, TIGHT, OOM = "fits", "tight", "oom"
 class RankMemory:
     """Bytes on the device of each rank of pipeline rank `pp_rank`, as an allocator counts them at the worst moment.
 
-    `receive` are buffers in which activations and gradients arrive. `activations` is the peak of the action list, in
-    act `peak.act`; `beyond` is what comes on top of all that. `host`: bytes in the host's memory for each rank.
+    The worst moment is in act `peak.act`. `states` are those of that moment; `receive`: activations and gradients that
+    have arrived by then; `activations`: all that is kept, waits or exists only in that act, sums that a first backward
+    has made so far among it; `beyond` is what comes on top of all that. `host`: bytes in the host's memory for each
+    rank.
     """
 
     pp_rank: int
@@ -59,20 +62,32 @@ class RankMemory:
 
 def rank_memory(job: Job, pp_rank: int, imbalance: float = 1.0, task: Task = PRETRAIN) -> RankMemory:
     """Return the memory of the ranks of one pipeline rank."""
+    job = with_adapters(job, task)
     extra = extra_bytes(job, task, pp_rank)
-    states = states_of_task(job, task, pp_rank, state_parts(job, pp_rank))
+    most = states_of_task(job, task, pp_rank, state_parts(job, pp_rank))
     if not task.trains:
         working = working_bytes(job, imbalance)
-        beyond = overheads(job, states.device + working + sum(extra.values()))
-        return RankMemory(pp_rank, states, 0.0, working, Peak(round(working), running=round(working)), beyond,
-                          states.host, extra)
+        beyond = overheads(job, most.device + working + sum(extra.values()))
+        return RankMemory(pp_rank, most, 0.0, working, Peak(round(working), running=round(working)), beyond,
+                          most.host, extra)
     shapes, held = job.shapes(imbalance), job.held(pp_rank)
     stages = {stage: stage_bytes(job, stage, shapes) for stage in held}
-    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()}, job.pairs_overlap)
-    receive = receive_buffers(job, held, shapes)
-    allocated = states.device + receive + peak.bytes + sum(extra.values())
-    host = states.host + sum(stages[stage].host * count for stage, count in peak.in_flight.items())
-    return RankMemory(pp_rank, states, receive, peak.bytes, peak, overheads(job, allocated), host, extra)
+    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()}, job.pairs_overlap,
+                  arrived(job, pp_rank))
+    states, activations = states_at(job, most, peak), peak.bytes - peak.states - peak.arrived - peak.gathered
+    allocated = states.device + peak.arrived + activations + sum(extra.values())
+    host = most.host + sum(stages[stage].host * count for stage, count in peak.in_flight.items())
+    return RankMemory(pp_rank, states, peak.arrived, activations, peak, overheads(job, allocated), host, extra)
+
+
+def states_at(job: Job, most: StateParts, peak: Peak) -> StateParts:
+    """Return the states of a rank at its peak; `most` are those that it has at their most."""
+    if not job.engine.gradient_apart:
+        return most
+    parts = [passing(job, stage, phase) for stage, phase in peak.phases.items()]
+    gathered = sum((each.gathered for each in parts), Divided(peak.gathered))
+    reduced = most.reduced if most.on_host else sum((each.reduced for each in parts), Divided())
+    return replace(most, gathered=gathered, gradients=sum((each.sums for each in parts), Divided()), reduced=reduced)
 
 
 def all_ranks(job: Job, imbalance: float = 1.0, task: Task = PRETRAIN) -> list[RankMemory]:
@@ -105,5 +120,5 @@ def largest_terms(job: Job, memory: RankMemory, imbalance: float = 1.0) -> Itera
             key = f"kept: {name}"
             found[key] = found.get(key, 0.0) + count * size
     found["kept for later weight gradients"] = memory.peak.waiting
-    found["while the layer at the peak runs"] = memory.peak.running
+    found["while the layer at the peak runs"] = memory.peak.running - memory.peak.gathered
     yield from sorted(((name, size) for name, size in found.items() if size), key=lambda pair: -pair[1])

@@ -16,9 +16,11 @@ from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import layer_bytes
 from megatron_deepseek.planning.layer_time import layer_seconds
 from megatron_deepseek.planning.overheads import overheads
+from megatron_deepseek.planning.phases import SUMMED
 from megatron_deepseek.planning.rank_costs import enough_micro_batches, worst_moments
+from megatron_deepseek.planning.replay import Moment
 from megatron_deepseek.planning.stage_time import Durations, Scales, head_seconds, machine_of
-from megatron_deepseek.planning.state_bytes import state_parts
+from megatron_deepseek.planning.state_bytes import standing_states, state_parts
 from megatron_deepseek.settings import PipelineSettings, Settings
 
 # Of a stage's forward and backward, what the first and last micro-batch cost a rank beside its own work at least.
@@ -58,17 +60,25 @@ def settings_of(base: Settings, choice: Choice, world_size: int, ranks_per_node:
 
 
 @lru_cache(8192)
-def waiting_micro_batches(schedule: str, pp: int, virtual: int, micro_batches: int) -> tuple[int, ...]:
-    """Return for each pipeline rank of how many micro-batches it keeps a layer at its peak, at least: it grows or falls
-    along the ranks, so three of them are looked at.
+def waiting_micro_batches(schedule: str, pp: int, virtual: int, micro_batches: int) -> tuple[tuple[int, bool], ...]:
+    """Return for each pipeline rank of how many micro-batches it keeps a layer at its peak, at least, and whether it
+    has the sums of all its gradients there: the count grows or falls along the ranks, so three of them are looked at.
     """
     if pp == 1:
-        return (1,)
+        return ((1, micro_batches > 2),)
     looked = sorted({0, pp // 2, pp - 1})
-    found = {rank: max(min(moment.kept) for moment in worst_moments(schedule, pp, virtual, micro_batches, rank))
-             for rank in looked}
-    return tuple(min(found[max(each for each in looked if each <= rank)],
-                     found[min(each for each in looked if each >= rank)]) for rank in range(pp))
+    found = {rank: _most_kept(worst_moments(schedule, pp, virtual, micro_batches, rank)) for rank in looked}
+    ends = [(found[max(each for each in looked if each <= rank)], found[min(each for each in looked if each >= rank)])
+            for rank in range(pp)]
+    return tuple((min(one[0], other[0]), one[1] and other[1]) for one, other in ends)
+
+
+def _most_kept(found: tuple[Moment, ...]) -> tuple[int, bool]:
+    """Return how many micro-batches of every stage are kept at once, at most, and whether that is while the sums of all
+    gradients are there: if they ever are, only such moments are looked at.
+    """
+    summed = [each for each in found if all(phase == SUMMED for phase in each.during.phases)]
+    return max(min(moment.during.kept) for moment in summed or found), bool(summed)
 
 
 class Outlook:
@@ -82,7 +92,7 @@ class Outlook:
         self.count = sum(map(self.model.is_moe_layer, range(self.model.num_hidden_layers))) \
             if self.model.n_routed_experts else self.model.num_hidden_layers
         self._priced: dict[tuple, Priced] = {}
-        self._states: dict[tuple, tuple[float, float]] = {}
+        self._states: dict[tuple, tuple[float, float, float]] = {}
 
     def job_of(self, choice: Choice) -> Job:
         """Return the job of a choice, its stages balanced."""
@@ -146,14 +156,14 @@ class Outlook:
 
     def _most_layers(self, choice: Choice, priced: Priced) -> int | None:
         """Return how many layers the fullest rank has at least, if no rank takes more than it has room for."""
-        allocated, states = self._room(choice)
+        allocated, states, standing = self._room(choice)
         allocated -= priced.running
         pp, depth = choice.pp, max(1.0, self.count / (choice.pp * choice.virtual))
         part = min(1.0, choice.offloaded / depth)
         kept = priced.kept * (1 - part) + priced.offloaded * part
         flying = waiting_micro_batches(choice.schedule, pp, choice.virtual,
                                        enough_micro_batches(pp, self.micro_batches(choice)))
-        room = sorted(int(allocated // (states + count * kept)) for count in flying)
+        room = sorted(int(allocated // ((states if summed else standing) + count * kept)) for count, summed in flying)
         if sum(room) < self.count:
             return None
         least = ceil(self.count / pp)
@@ -161,15 +171,19 @@ class Outlook:
             least += 1
         return least
 
-    def _room(self, choice: Choice) -> tuple[float, float]:
-        """Return the bytes that a rank can allocate, and those of one layer's states."""
+    def _room(self, choice: Choice) -> tuple[float, float, float]:
+        """Return the bytes that a rank can allocate, and those of one layer's states, with and without what comes and
+        goes.
+        """
         key = choice.lane.tp, choice.lane.cp, choice.lane.ep, choice.lane.etp, choice.pp, choice.sharding
         if key not in self._states:
             job = self.job_of(choice)
             cut = (Stage(False, (self.widest,), (), False),) * (choice.pp * choice.virtual)
-            parts = state_parts(replace(job, cut=cut), 0)
+            job = replace(job, cut=cut)
+            parts = state_parts(job, 0)
             nothing, much = overheads(job, 0.0).high, overheads(job, 1e9).high
             gathered = parts.gathered.all if choice.sharding == "optim_grads_params" else 0.0
             free = (self.limit - nothing) / (1 + (much - nothing) / 1e9) - gathered
-            self._states[key] = free, (parts.device - gathered) / choice.virtual
+            self._states[key] = (free, (parts.device - gathered) / choice.virtual,
+                                 (standing_states(job, 0) - gathered) / choice.virtual)
         return self._states[key]

@@ -27,12 +27,14 @@ does not fit, what would have to change.
   `tests/unit/planning/test_activations.py` compares it with what saved-tensor hooks see in runs on CPU: equal to the
   byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches
   wait, and when, is found by replaying the schedule's own list of actions (`planning/actions.py`, equal to torch's).
-* **While a layer runs**: what is recomputed, gradients in flight, rows on their way to experts. These are sums over
-  shapes, not counted by hooks.
+* **While a layer runs**: `planning/backward_tape.py` goes back through a layer as autograd does, operator by operator:
+  gradients, what is made again, rows on their way to experts. These are sums over shapes, not counted by hooks.
+* **As a step goes on**: a stage's weights are gathered at its first forward; the first backward makes its sums of
+  gradients layer by layer, the last one reduces and frees them (`planning/phases.py`). The peak, and the states beside
+  it, are those of the fullest moment.
 * **Waiting weight gradients**: those that a zero-bubble schedule leaves for later wait with their inputs, recomputed
   or not, and with their outputs' gradients; `tests/parallel/test_planned_memory.py` counts them, too.
-* **Receive buffers**: torch's pipeline stages have one for every micro-batch of a step, of activations and of
-  gradients, and keep them: with many micro-batches they are among the largest terms.
+* **Receive buffers**: activations and gradients that have arrived and wait at the fullest moment.
 * **Experts** are balanced, or the fullest rank gets 1.25 or 2 times the mean; without a capacity nothing bounds it.
 * **Beyond the allocator**: CUDA's context, NCCL's buffers, fragments (2 to 10 %), as a range from "at least" to
   "perhaps"; a job fits where the upper end does, and is `tight` in between.

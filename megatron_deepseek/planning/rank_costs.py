@@ -16,9 +16,9 @@ from megatron_deepseek.planning.overheads import overheads
 from megatron_deepseek.planning.partition import Bounds, Pipeline
 from megatron_deepseek.planning.pipeline_balance import stage_of
 from megatron_deepseek.planning.replay import Moment, StageBytes, moments
-from megatron_deepseek.planning.stage_bytes import receive_buffers, stage_bytes
+from megatron_deepseek.planning.stage_bytes import arrived_in_acts, stage_bytes
 from megatron_deepseek.planning.stage_time import Durations, Scales, durations, stage_seconds
-from megatron_deepseek.planning.state_bytes import state_parts
+from megatron_deepseek.planning.state_bytes import standing_states
 
 NOTHING = Stage(False, (), (), False)
 _LONG = 4  # rounds of micro-batches after which nothing new happens on a rank
@@ -30,22 +30,25 @@ def enough_micro_batches(pp: int, micro_batches: int, rounds: int = _LONG) -> in
 
 
 @lru_cache(4096)
-def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> tuple[Moment, ...]:
-    """Return the moments of a rank that can be its peak: those that no other one is above in every count."""
+def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int, early: bool = True
+                  ) -> tuple[Moment, ...]:
+    """Return the moments of a rank that can be its peak: of those with the same runs and phases the ones that no other
+    one is above in every count. `early`: receives are started as torch's schedules start them.
+    """
     held = held_stages(schedule, pp, virtual, rank)
     acts = actions(schedule, pp, virtual, micro_batches, rank)
-    distinct = {(*_running(each), each.kept, each.waiting): each for each in moments(acts, held)}
+    found = moments(acts, held, arrived_in_acts(schedule, pp, virtual, micro_batches, rank, early))
+    distinct = {(_running(each), each.during.counts): each for each in found}
     best: dict[tuple, list[Moment]] = {}
-    for each in sorted(distinct.values(), key=lambda moment: -sum(moment.kept + moment.waiting)):
+    for each in sorted(distinct.values(), key=lambda moment: -sum(moment.during.counts)):
         rivals = best.setdefault(_running(each), [])
-        counts = each.kept + each.waiting
-        if not any(all(a >= b for a, b in zip(other.kept + other.waiting, counts)) for other in rivals):
+        if not any(all(a >= b for a, b in zip(other.during.counts, each.during.counts)) for other in rivals):
             rivals.append(each)
     return tuple(moment for group in best.values() for moment in group)
 
 
-def _running(moment: Moment) -> tuple[tuple[int, ...], ...]:
-    return moment.forwards, moment.backwards, moment.weights
+def _running(moment: Moment) -> tuple:
+    return moment.runs, moment.during.phases
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class RankCosts:
         self.shapes = job.shapes()
         self._stages: dict[Kind, tuple[Seconds, StageBytes]] = {}
         self._states: dict[tuple, float] = {}
-        self._received: dict[tuple, float] = {}
         self._seconds: dict[tuple, float] = {}
         self._fits: dict[tuple, bool] = {}
         nothing, much = overheads(job, 0.0).high, overheads(job, 1e9).high
@@ -100,17 +102,13 @@ class RankCosts:
         return self._stages[kind]
 
     def standing(self, rank: int, bounds: tuple[Bounds, ...]) -> float:
-        """Return the bytes of states and of what has arrived and waits on a rank."""
+        """Return the bytes of the states that a rank has all the time."""
         place = 0 if rank == 0 else self.pp - 1 if rank == self.pp - 1 else 1
         kinds = tuple(map(self.kind, bounds))
         if (place, kinds) not in self._states:
             held = held_stages(self.job.schedule, self.pp, self.virtual, place)
-            self._states[place, kinds] = state_parts(self._with(held, bounds), place).device
-        sent = tuple((kind.mtp_before, kind.mtp) for kind in kinds)
-        if (rank, sent) not in self._received:
-            held = held_stages(self.job.schedule, self.pp, self.virtual, rank)
-            self._received[rank, sent] = receive_buffers(self._with(held, bounds), held, self.shapes)
-        return self._states[place, kinds] + self._received[rank, sent]
+            self._states[place, kinds] = standing_states(self._with(held, bounds), place)
+        return self._states[place, kinds]
 
     def _with(self, held: list[int], bounds: tuple[Bounds, ...]) -> Job:
         """Return the job with the stages `held` cut so, and nothing in the others but the MTP modules before these."""
@@ -126,7 +124,8 @@ class RankCosts:
         """Return the most that a rank allocates."""
         sizes = [self.stage(each)[1] for each in bounds]
         found = worst_moments(self.job.schedule, self.pp, self.virtual,
-                              enough_micro_batches(self.pp, self.job.micro_batches), rank)
+                              enough_micro_batches(self.pp, self.job.micro_batches), rank,
+                              self.job.engine.receives_early)
         return self.standing(rank, bounds) + max(
             sum(moment.bytes(sizes, self.job.pairs_overlap)) for moment in found)
 

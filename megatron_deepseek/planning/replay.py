@@ -1,23 +1,27 @@
-"""The most that a rank's activations take at once, found by going through its list of actions.
+"""The most that a rank takes at once beside what stands all the time, found by going through its list of actions.
 
 A forward adds what its backward will need. A whole backward ends with all of that free; one of input gradients keeps
 what the weight gradients need until those are made. While a forward or a backward runs it needs more for a moment: a
-layer that is recomputed, gradients on their way, logits.
+layer that is recomputed, gradients on their way, logits. Gathered weights and gradients of a stage come and go with its
+first and last acts (phases.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_deepseek.planning.actions import Act
+from megatron_deepseek.planning.phases import BEFORE, PHASES, Turn, turns
 
 
 @dataclass(frozen=True)
 class StageBytes:
-    """What one micro-batch takes on one stage, in bytes.
+    """What one micro-batch takes on one stage, in bytes, and the stage's own weights and gradients.
 
     `kept` from its forward to its backward; `waiting` of input gradients' backward is left until the weight gradients
     are made; `forward`, `backward` and `weights` exist beside it only while forwards, backwards and the making of
-    weight gradients run.
+    weight gradients run, but for the turns that `in_turn` has other bytes for. `states`: gathered weights and gradients
+    in each phase; `gathers`: the weights among a turn's bytes, which are gathered for the moment. `arriving` and
+    `returning`: what is received for a forward and for a backward.
     """
 
     kept: int = 0
@@ -25,12 +29,24 @@ class StageBytes:
     forward: int = 0
     backward: int = 0
     weights: int = 0
+    states: tuple[int, ...] = (0,) * len(PHASES)
+    in_turn: Mapping[Turn, int] = field(default_factory=dict)
+    gathers: Mapping[Turn, int] = field(default_factory=dict)
+    arriving: int = 0
+    returning: int = 0
+
+    def running(self, turn: Turn) -> int:
+        """Return the bytes that a run has beside what stands before it; of a forward, weights that it gathers too."""
+        if turn.kind == "F":
+            return self.forward + self.states[turn.after] - self.states[turn.before]
+        return self.in_turn.get(turn, self.weights if turn.kind == "W" else self.backward)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes, in which act of the list, how many micro-batches each stage keeps at that moment, and the parts
-    that the bytes are the sum of: kept, waiting, and what exists only while the act runs.
+    """The most bytes, in which act of the list, how many micro-batches each stage keeps at that moment, in which phase
+    each is, and the parts that the bytes are the sum of: kept, waiting, gathered weights and gradients, what has
+    arrived, and what exists only while the act runs, `gathered` of which are weights.
     """
 
     bytes: int = 0
@@ -39,73 +55,100 @@ class Peak:
     kept: int = 0
     waiting: int = 0
     running: int = 0
+    states: int = 0
+    arrived: int = 0
+    gathered: int = 0
+    phases: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Moment:
-    """An act: how many micro-batches each stage keeps while it runs, how many wait for weight gradients, and which
-    stages run forwards, which backwards and which make weight gradients, all in the order of `stages`. `after`: what is
-    kept and waits behind it.
+class Standing:
+    """For each stage, in the order of a rank's stages: how many micro-batches are kept, how many wait for weight
+    gradients, its phase, and how many hidden states and gradients have arrived for it.
     """
 
     kept: tuple[int, ...]
     waiting: tuple[int, ...]
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...]
-    weights: tuple[int, ...]
-    after: tuple[tuple[int, ...], tuple[int, ...]]
+    phases: tuple[int, ...]
+    arrived: tuple[tuple[int, int], ...]
 
-    def bytes(self, stages: Sequence[StageBytes], together: bool = True) -> tuple[int, int, int]:
-        """Return the bytes that are kept, that wait, and that exist only while the act runs. `together`: the two runs
-        of a pair are at their peaks at once; otherwise one follows the other.
+    def bytes(self, stages: Sequence[StageBytes]) -> tuple[int, int, int, int]:
+        """Return the bytes that are kept, that wait, that are weights and gradients, and that have arrived."""
+        return (sum(count * each.kept for count, each in zip(self.kept, stages)),
+                sum(count * each.waiting for count, each in zip(self.waiting, stages)),
+                sum(each.states[phase] for phase, each in zip(self.phases, stages)),
+                sum(hidden * each.arriving + gradients * each.returning
+                    for (hidden, gradients), each in zip(self.arrived, stages)))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return all that is counted, but for phases."""
+        return (*self.kept, *self.waiting, *(count for pair in self.arrived for count in pair))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """An act: what stands while it runs, and its runs: which stage, in which turn. `after`: what stands behind it."""
+
+    during: Standing
+    runs: tuple[tuple[int, Turn], ...]
+    after: Standing
+
+    def bytes(self, stages: Sequence[StageBytes], together: bool = True) -> tuple[int, int, int, int, int]:
+        """Return the bytes of what stands, and those that exist only while the act runs. `together`: the two runs of a
+        pair are at their peaks at once; otherwise one follows the other.
         """
-        running = [*(stages[at].forward for at in self.forwards), *(stages[at].backward for at in self.backwards),
-                   *(stages[at].weights for at in self.weights)]
-        return *standing(self.kept, self.waiting, stages), sum(running) if together else max(running)
+        running = [stages[at].running(turn) for at, turn in self.runs]
+        return *self.during.bytes(stages), sum(running) if together else max(running)
+
+    def gathered(self, stages: Sequence[StageBytes], together: bool = True) -> int:
+        """Return how many of the bytes that exist only while the act runs are weights."""
+        of_runs = [(stages[at].running(turn), stages[at].gathers.get(turn, 0)) for at, turn in self.runs]
+        return sum(size for _, size in of_runs) if together else max(of_runs)[1]
 
 
-def standing(kept: Sequence[int], waiting: Sequence[int], stages: Sequence[StageBytes]) -> tuple[int, int]:
-    """Return the bytes of so many micro-batches that are kept and that wait."""
-    return (sum(count * each.kept for count, each in zip(kept, stages)),
-            sum(count * each.waiting for count, each in zip(waiting, stages)))
-
-
-def moments(acts: Sequence[Act], stages: Sequence[int]) -> Iterator[Moment]:
-    """Yield a Moment for each act of a rank that holds `stages`.
+def moments(acts: Sequence[Act], stages: Sequence[int], arrived: Sequence | None = None) -> Iterator[Moment]:
+    """Yield a Moment for each act of a rank that holds `stages`. `arrived`: what has arrived in each act
+    (arrivals.py), None for nothing.
 
     The forward of a pair is kept before its backward frees anything.
     """
-    place = {stage: at for at, stage in enumerate(stages)}
-    kept, waiting = [0] * len(place), [0] * len(place)
-    for act in acts:
+    place, nothing = {stage: at for at, stage in enumerate(stages)}, ((0, 0),) * len(stages)
+    kept, waiting, phases = [0] * len(place), [0] * len(place), [BEFORE] * len(place)
+    for number, (act, of_act) in enumerate(zip(acts, turns(acts))):
+        there = arrived[number] if arrived else nothing
         for run in act:
             kept[place[run.stage]] += run.kind == "F"
-        during = tuple(kept), tuple(waiting)
-        for run in act:
+        during = Standing(tuple(kept), tuple(waiting), tuple(phases), there)
+        for run, turn in zip(act, of_act):
             kept[place[run.stage]] -= run.kind in "BI"
             waiting[place[run.stage]] += (run.kind == "I") - (run.kind == "W")
-        runs = [tuple(place[run.stage] for run in act if run.kind in kinds) for kinds in ("F", "BI", "W")]
-        yield Moment(*during, *runs, (tuple(kept), tuple(waiting)))
+            phases[place[run.stage]] = turn.after
+        runs = tuple((place[run.stage], turn) for run, turn in zip(act, of_act))
+        yield Moment(during, runs, Standing(tuple(kept), tuple(waiting), tuple(phases), nothing))
     assert not any(kept) and not any(waiting), "a micro-batch without its backward"
 
 
-def replay(acts: Sequence[Act], stages: Mapping[int, StageBytes], together: bool = True) -> Peak:
+def replay(acts: Sequence[Act], stages: Mapping[int, StageBytes], together: bool = True,
+           arrived: Sequence | None = None) -> Peak:
     """Return the peak of a rank that does `acts` on `stages`; `together`: the runs of pairs at once."""
     best = Peak()
     order, sizes = tuple(stages), tuple(stages.values())
-    for number, moment in enumerate(moments(acts, order)):
-        held, left, running = moment.bytes(sizes, together)
-        if held + left + running > best.bytes:
-            best = Peak(held + left + running, number, {s: count for s, count in zip(order, moment.kept) if count},
-                        held, left, running)
+    for number, moment in enumerate(moments(acts, order, arrived)):
+        held, left, states, there, running = moment.bytes(sizes, together)
+        if held + left + states + there + running > best.bytes:
+            best = Peak(held + left + states + there + running, number,
+                        {s: count for s, count in zip(order, moment.during.kept) if count}, held, left, running, states,
+                        there, moment.gathered(sizes, together), dict(zip(order, moment.during.phases)))
     return best
 
 
-def levels(acts: Sequence[Act], stages: Mapping[int, StageBytes], together: bool = True) -> Iterator[tuple[int, int]]:
+def levels(acts: Sequence[Act], stages: Mapping[int, StageBytes], together: bool = True,
+           arrived: Sequence | None = None) -> Iterator[tuple[int, int]]:
     """Yield for each act the bytes while it runs and those behind it."""
     sizes = tuple(stages.values())
-    for moment in moments(acts, tuple(stages)):
-        yield sum(moment.bytes(sizes, together)), sum(standing(*moment.after, sizes))
+    for moment in moments(acts, tuple(stages), arrived):
+        yield sum(moment.bytes(sizes, together)), sum(moment.after.bytes(sizes))
 
 
 def most_in_flight(acts: Sequence[Act], stages: Sequence[int]) -> int:

@@ -1,25 +1,25 @@
 """What one micro-batch takes on one pipeline stage: its layers by their modes, the head, what stages pass on.
 
-A stage begins with what it received and ends with what it passes on. `receive_buffers` counts what has arrived and is
-not yet computed; from then on it is the input of the stage's first layer.
+A stage begins with what it received and ends with what it passes on. `arrived` counts what has arrived and is not yet
+computed; from then on it is the input of the stage's first layer.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.activations import embedding, norm, total
-from megatron_deepseek.planning.arrivals import most_waiting, one_each
+from megatron_deepseek.planning.actions import actions, held_stages
+from megatron_deepseek.planning.arrivals import waiting_in_acts
+from megatron_deepseek.planning.backward_bytes import Layers, Running, backwards
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.layer_bytes import layer_bytes
+from megatron_deepseek.planning.layer_bytes import LayerBytes, layer_bytes
 from megatron_deepseek.planning.layer_shapes import LayerShapes
+from megatron_deepseek.planning.phases import BEFORE, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.held_parameters import Held, held_parameters
+from megatron_deepseek.planning.stage_states import by_layer, sizes, states_of_phases, trained
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,46 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     gradients.
     """
     indices = job.layers_of(stage)
-    layers = [layer_bytes(shapes, index, mode) for index, mode in zip(indices, job.modes_of(stage))]
-    behind = sum(size for _, size in beside_layers(job, stage, shapes))
-    forward = backward = 0.0
+    layers = [layer_bytes(shapes, index, mode, job.splits_backwards)
+              for index, mode in zip(indices, job.modes_of(stage))]
+    beside = sum(size for _, size in beside_layers(job, stage, shapes))
+    kept = beside + sum(each.kept for each in layers)
+    waiting = sum(each.waiting for each in layers) + head_waiting(job, stage, shapes) if job.splits_backwards else 0.0
+    made = backwards(job, stage, _layers_of_backward(job, stage, shapes, layers, beside))
+    forward = _forward(job, stage, shapes, layers, beside)
+    gathers = {turn: each.gathered for turn, each in made.items()}
+    gathers |= dict.fromkeys((Turn("F", BEFORE, GATHERED), Turn("F", GATHERED, GATHERED), Turn("F", SUMMED, SUMMED)),
+                             forward.gathered)
+    replayed = StageBytes(kept, waiting, forward.bytes, states=states_of_phases(job, stage), gathers=gathers,
+                          in_turn={turn: each.bytes for turn, each in made.items()},
+                          **received_bytes(job, stage, shapes))
+    return StageMemory(replayed, sum(each.host for each in layers))
+
+
+def _forward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBytes], beside: float) -> Running:
+    """Return the bytes that exist only while a forward runs, beside all that it keeps."""
+    weights, behind = None if job.splits_backwards else by_layer(job, stage), beside
+    outer = weights.outer if weights else 0.0
+    found = [(outer, outer)]
     if job.stages[stage].loss and job.engine.logit_bytes is None:
-        chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
-        forward, backward = head_forward(shapes, chunk), head_backward(shapes, chunk)
-    waiting, (of_head, added) = head_waiting(job, stage, shapes), _outer_gradients(job, stage)
-    for index, each in zip(reversed(indices), reversed(layers)):
-        forward = max(forward, each.forward - behind)
-        for moment in each.moments:
-            left = moment.left if job.splits_backwards else _weight_gradient(job, index, moment.of_mlp)
-            backward = max(backward, moment.bytes + left + of_head - behind + waiting)
+        found.append((head_forward(shapes, chunk_of(shapes, job.settings.loss.loss_chunk_size)) + outer, outer))
+    for index, each in zip(reversed(job.layers_of(stage)), reversed(layers)):
+        gathered = weights.forward(index) if weights else 0.0
+        found.append((each.forward + gathered - behind, gathered))
         behind += each.kept
-        waiting += each.waiting if job.splits_backwards else 0.0
-    made = _gradients_of_stage(job, stage) if job.splits_backwards else 0.0
-    backward = max(backward, max(waiting, made) + added - behind)
-    return StageMemory(StageBytes(behind, waiting, forward, backward, max(0.0, made - waiting)),
-                       sum(each.host for each in layers))
+    return Running(*map(round, max(found)))
+
+
+def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBytes], beside: float
+                        ) -> Layers:
+    part, chunk = job.stages[stage], chunk_of(shapes, job.settings.loss.loss_chunk_size)
+    own = part.loss and job.engine.logit_bytes is None
+    head = trained(job, Stage(False, (), (), True)).dense if part.loss and (chunk or not job.splits_backwards) else 0
+    head *= sizes(job).gradient
+    several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
+    given = received_bytes(job, stage, shapes)["returning"]
+    return Layers(tuple(zip(job.layers_of(stage), layers)), beside, head_waiting(job, stage, shapes),
+                  head, head_backward(shapes, chunk) + several if own else 0.0, given)
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -92,18 +114,30 @@ def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
     return (1 + job.model.num_nextn_predict_layers) * shapes.numbers.plain(shapes.whole, width)
 
 
-def receive_buffers(job: Job, held: list[int], shapes: LayerShapes) -> float:
-    """Return the bytes of the most activations and the most gradients that have arrived for the stages `held` and wait.
-
-    Other engines have one of each kind for a stage.
-    """
-    if job.layout.pp == 1:
-        return 0.0
+def received_bytes(job: Job, stage: int, shapes: LayerShapes) -> dict[str, int]:
+    """Return the bytes of what `stage` receives for a forward (`arriving`) and for a backward (`returning`)."""
     state = shapes.numbers.plain(shapes.stream, job.model.hidden_size)
-    waiting = most_waiting(job.schedule, job.layout.pp, job.virtual_stages, job.micro_batches) \
-        if job.engine.receives_early else one_each(len(job.stages))
-    return state * sum(waiting.get(("F", stage), 0) * states_after(job, stage - 1)
-                       + waiting.get(("B", stage), 0) * states_after(job, stage) for stage in held)
+    return {"arriving": round(state * states_after(job, stage - 1)) if stage else 0,
+            "returning": round(state * states_after(job, stage)) if stage < len(job.stages) - 1 else 0}
+
+
+def arrived(job: Job, pp_rank: int) -> Sequence | None:
+    """Return what has arrived for the stages of a pipeline rank in each of its acts and waits, or is being used."""
+    return arrived_in_acts(job.schedule, job.layout.pp, job.virtual_stages, job.micro_batches, pp_rank,
+                           job.engine.receives_early)
+
+
+def arrived_in_acts(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int, early: bool
+                    ) -> Sequence | None:
+    """Return the same of a rank of any pipeline. Engines that do not start receives `early` have one buffer of each
+    kind for a stage.
+    """
+    if pp == 1:
+        return None
+    if early:
+        return waiting_in_acts(schedule, pp, virtual, micro_batches)[rank]
+    return (((1, 1),) * len(held_stages(schedule, pp, virtual, rank)),) * len(
+        actions(schedule, pp, virtual, micro_batches, rank))
 
 
 def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -121,46 +155,3 @@ def kind_of(job: Job, index: int) -> str:
     if index >= job.model.num_hidden_layers:
         return "activations of MTP"
     return f"activations of {'MoE' if job.model.is_moe_layer(index) else 'dense'} layers"
-
-
-def _outer_gradients(job: Job, stage: int) -> tuple[float, float]:
-    """Return the bytes of the head's weight gradient, which is there from the head's backward to the end of the
-    stage's; and what is there at that end, where FSDP adds the gradients of embedding and head to their sums: both in
-    the layers' dtype, and one of them in the sums'.
-    """
-    part, element, frozen = job.stages[stage], job.numbers.element, job.settings.run.freeze_parameters
-    if not job.engine.gradient_apart or job.frozen_base or job.splits_backwards:
-        return 0.0, 0.0
-    each = [held_parameters(job.model, job.layout, [Stage(part.embedding and first, (), (), part.loss and not first)],
-                            frozen).dense for first in (True, False)]
-    sums = job.engine.gradient if job.micro_batches > 1 and element < job.engine.gradient else 0
-    return element * each[1], element * sum(each) + sums * max(each)
-
-
-def _weight_gradient(job: Job, index: int, of_mlp: bool) -> float:
-    """Return the bytes of a layer's weight gradients before they are added to the sums of all micro-batches: those of
-    its MLP while that is at work, then those of all but routed experts, whose unit of FSDP comes to its end before.
-    """
-    if not job.engine.gradient_apart or job.frozen_base:
-        return 0.0
-    held = _parameters(job.model, job.layout, index)
-    if not of_mlp:
-        return job.numbers.element * held.dense
-    moe, model = job.model.is_moe_layer(index), job.model
-    width = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
-    return job.numbers.element * (held.experts + 3 * model.hidden_size * width // job.layout.tp)
-
-
-def _gradients_of_stage(job: Job, stage: int) -> float:
-    """Return the bytes of all weight gradients of a stage, which are added to the sums when the last one is made."""
-    if not job.engine.gradient_apart or job.frozen_base:
-        return 0.0
-    held = held_parameters(job.model, job.layout, [job.stages[stage]], job.settings.run.freeze_parameters)
-    return job.numbers.element * (held.dense + held.experts)
-
-
-@lru_cache(256)
-def _parameters(model: ModelConfig, layout: Layout, index: int) -> Held:
-    depth = index - model.num_hidden_layers
-    part = Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
-    return held_parameters(model, layout, [part])

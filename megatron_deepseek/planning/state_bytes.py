@@ -15,7 +15,7 @@ tests/parallel/test_state_memory.py counts all of it through steps of several la
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.binary_units import with_unit
@@ -44,6 +44,9 @@ class Divided:
     def all(self) -> float:
         """Return their sum."""
         return self.dense + self.experts
+
+    def __add__(self, other: "Divided") -> "Divided":
+        return Divided(self.dense + other.dense, self.experts + other.experts)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,16 @@ def state_parts(job: Job, pp_rank: int) -> StateParts:
     if job.engine.name == "ours":
         return _ours(job, held, pp_rank) if job.settings.lora is None else adapter_parts(job, pp_rank)
     return _others(job, held, pp_rank)
+
+
+def standing_states(job: Job, pp_rank: int) -> float:
+    """Return the bytes of states that are on the device all the time: in this project's engine those that do not come
+    and go with the acts of their stage (stage_states.py).
+    """
+    parts = state_parts(job, pp_rank)
+    if not job.engine.gradient_apart:
+        return parts.device
+    return replace(parts, gathered=Divided(), gradients=Divided(), reduced=Divided()).device
 
 
 def _of(held: Held, dense: float, experts: float) -> Divided:
@@ -197,18 +210,23 @@ def _gathered(job: Job, stages: Sequence[Stage]) -> Divided:
     gradients of their weights, which are as large. Schedules that make weight gradients apart leave a stage gathered
     from one backward to the next.
     """
-    if job.settings.run.sharding == "optim_grads" or job.splits_backwards:
-        return _weights(job, stages)
+    if gathered_for_the_step(job):
+        return gathered_weights(job, stages)
     outside, experts = held_outside(job.model, job.layout, stages, _kept(job)), 2 if job.frozen_base else 1
     most = Divided()
-    for units in ([_weights(job, [layer], outside=False) for layer in layers_of([stage])] for stage in stages):
+    for units in ([gathered_weights(job, [layer], outside=False) for layer in layers_of([stage])] for stage in stages):
         for one, two in zip(units, [*units[1:], Divided()]):
             both = Divided(one.dense + two.dense, experts * max(one.experts, two.experts))
             most = max(most, both, key=lambda each: each.all)
     return Divided(outside + most.dense, most.experts)
 
 
-def _weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:
+def gathered_for_the_step(job: Job) -> bool:
+    """Return whether weights stay gathered from a stage's first forward to its last backward."""
+    return job.settings.run.sharding == "optim_grads" or job.splits_backwards
+
+
+def gathered_weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:
     """Return the bytes of the gathered weights of `stages`, with or without those that are in none of the layers."""
     base, element = base_bytes(job, stages), job.numbers.element
     dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, _kept(job)))

@@ -64,8 +64,6 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
     if task.name == "serve":
         layers = sum(len(job.stages[stage].layers) for stage in job.held(pp_rank)) / model.num_hidden_layers
         return {"cache": tokens * cache_bytes_of_token(model) * layers / (layout.dp * layout.cp)}
-    if task.name in ("lora", "qlora"):
-        return plain_weights(replace(job, settings=_with_adapters(job.settings, task)), pp_rank)
     if task.name != "grpo":
         return plain_weights(job, pp_rank)
     held = held_parameters(model, layout, [job.stages[stage] for stage in job.held(pp_rank)])
@@ -80,7 +78,7 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
 def states_of_task(job: Job, task: Task, pp_rank: int, trained: StateParts) -> StateParts:
     """Return the states of a task, given those of a job that trains all weights."""
     if task.name in ("lora", "qlora"):
-        return adapter_parts(replace(job, settings=_with_adapters(job.settings, task)), pp_rank)
+        return adapter_parts(job, pp_rank)
     if task.name == "serve":
         held = held_parameters(job.model, job.layout, [job.stages[stage] for stage in job.held(pp_rank)])
         weights = Divided(held.dense * task.weight_bytes, held.experts * task.weight_bytes)
@@ -97,6 +95,13 @@ def plain_weights(job: Job, pp_rank: int) -> dict[str, float]:
     sizes = [row.size // row.placement.parts(ranks) for stage in job.held(pp_rank) for index in job.layers_of(stage)
              for row in layer_rows(job.model, index) if is_quantised(row)]
     return {"a weight made plain for a product": max(sizes, default=0) * job.numbers.element}
+
+
+def with_adapters(job: Job, task: Task) -> Job:
+    """Return the job of a task: with its adapters, where these alone are trained."""
+    if task.name not in ("lora", "qlora"):
+        return job
+    return replace(job, settings=_with_adapters(job.settings, task), frozen_base=True)
 
 
 def _with_adapters(settings: Settings, task: Task) -> Settings:

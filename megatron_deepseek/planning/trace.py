@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from megatron_deepseek.planning.memory import rank_memory
 from megatron_deepseek.planning.replay import levels
-from megatron_deepseek.planning.stage_bytes import stage_bytes
+from megatron_deepseek.planning.stage_bytes import arrived, stage_bytes
 from megatron_deepseek.planning.step_time import StepTime, acts_of
 
 KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
@@ -50,10 +50,10 @@ def _memory(step: StepTime, rank: int, acts: list) -> Iterator[dict]:
     """Yield the allocated bytes at the start of each act and behind its end, states included."""
     job = step.job
     memory = rank_memory(job, rank)
-    standing = memory.peak_bytes - memory.activations
+    standing = memory.peak_bytes - memory.peak.bytes
     shapes = job.shapes()
     stages = {stage: stage_bytes(job, stage, shapes).replayed for stage in job.held(rank)}
-    for (during, behind), span in zip(levels(acts, stages, job.pairs_overlap), step.spans[rank]):
+    for (during, behind), span in zip(levels(acts, stages, job.pairs_overlap, arrived(job, rank)), step.spans[rank]):
         for when, size in ((span.start, during), (span.end, behind)):
             yield {"ph": "C", "pid": rank, "name": "memory", "ts": when * 1e6,
                    "args": {"GiB": round((standing + size) / 2**30, 3)}}

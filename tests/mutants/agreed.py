@@ -206,9 +206,9 @@ KEPT_AND_FREED = of(
     ("Trainer._result", "StopFlags(save > 0, leave > 0)", "StopFlags(leave > 0, save > 0)"),
 ) + of(
     STEP,
-    ("synchronize_gradients", "module.set_reshard_after_backward(enabled or freed)",
+    ("synchronize_gradients", "module.set_reshard_after_backward(enabled or frees_after_forward(module))",
      "module.set_reshard_after_backward(True)"),
-    ("synchronize_gradients", "module.set_reshard_after_backward(enabled or freed)",
+    ("synchronize_gradients", "module.set_reshard_after_backward(enabled or frees_after_forward(module))",
      "module.set_reshard_after_backward(enabled)"),
 ) + of(
     STEP,

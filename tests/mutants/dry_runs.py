@@ -8,6 +8,7 @@ ENOUGH = (f"{UNIT}test_enough_micro_batches.py",)
 STORAGES = (f"{UNIT}test_storages.py",)
 JOBS = (f"{UNIT}test_dry_jobs.py",)
 EVALUATION = ("tests/unit/parallel/test_forward_only.py", f"{UNIT}test_evaluation_memory.py")
+FREED = (f"{UNIT}test_freed_weights.py",)
 COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
@@ -52,6 +53,11 @@ DRY_RUNS = of(
     ("forward_order", "stage = max(", "stage = min("),
     ("ReducingStage.forward_one_chunk", "            self.fwd_cache.clear()", "            pass"),
     ("ReducingStage.finish_step", "self.fwd_cache.clear()", "pass"),
+) + of(
+    FREED,
+    ("ReducingStage.backward_maybe_with_nosync", "not (last_backward or frees_after_forward(self.submod))",
+     "not last_backward"),
+    ("rank.batch_of", "* 2 // length", "* 0"),
 ) + of(
     COMMAND,
     ("label_passing", 'f"gradient of {name}"', "name"),

@@ -246,9 +246,12 @@ PIECES = of(
 
 STAGE = of(
     ("tests/parallel/test_overlap.py", *LAYOUTS),
-    ("ReducingStage.backward_maybe_with_nosync", "        self.submod.set_requires_gradient_sync(True)\n", ""),
-    ("ReducingStage.backward_maybe_with_nosync", "if self.dw_builder or not last_backward:", "if not last_backward:"),
-    ("ReducingStage.backward_maybe_with_nosync", "if self.dw_builder or not last_backward:", "if True:"),
+    ("ReducingStage.backward_maybe_with_nosync", "        self.submod.set_requires_gradient_sync(last_backward)\n",
+     ""),
+    ("ReducingStage.backward_maybe_with_nosync", "if self.dw_builder or not (",
+     "if not ("),
+    ("ReducingStage.backward_maybe_with_nosync", "if self.dw_builder or not (",
+     "if True or not ("),
     ("ReducingStage.perform_reduce_grad", "        if self.dw_builder:\n            super().perform_reduce_grad",
      "        if False:\n            super().perform_reduce_grad"),
 )

@@ -1,5 +1,5 @@
-"""Plans against dry runs over cases of the covering array, with layers as wide as V3's and all weights trained: within
-3 % where they stand in AGREEING. docs/dry_run.md says of which others a plan is coarser, and why.
+"""Plans against dry runs over the covering array, with layers as wide as V3's and all weights trained: within 3 % but
+for those of COARSER, which docs/dry_run.md tells of, and these within 10 %.
 """
 
 from dataclasses import replace
@@ -16,9 +16,10 @@ from megatron_deepseek.planning.memory import all_ranks, worst
 from megatron_deepseek.settings import Settings
 
 LENGTH, CHUNK = 4096, 1536
-QUICK = (0,)  # in `make test`
-AGREEING = (3, 6, 18, 39)
+QUICK = (0, 21, 55)  # in `make test`: by the layer, weight gradients apart, one micro-batch with masters on the host
+COARSER = (1, 10, 19, 30, 35, 38, 39, 41, 46, 49, 51, 60)
 CASES = (*covering_cases(), *WIDE_CASES)
+OTHERS = [each for each in range(len(CASES)) if each not in QUICK]
 
 
 def wide(model: ModelConfig) -> ModelConfig:
@@ -42,10 +43,10 @@ def settings_of(number: int) -> Settings:
     return replace(settings, model=wide(settings.model), data=replace(settings.data, seq_length=LENGTH), loss=loss)
 
 
-@pytest.mark.parametrize("number", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in AGREEING)])
+@pytest.mark.parametrize("number", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_the_fullest_rank_takes_what_is_planned(number):
     settings = settings_of(number)
     layout = settings.layout
     rank = worst(all_ranks(Job(settings))).pp_rank * layout.world_size // layout.pp
     found = dry_rank(DryRun(True, False, layout.world_size), settings, rank)
-    assert found.planned.peak_bytes == pytest.approx(found.timeline.peak.bytes, rel=0.03)
+    assert found.planned.peak_bytes == pytest.approx(found.timeline.peak.bytes, rel=0.1 if number in COARSER else 0.03)

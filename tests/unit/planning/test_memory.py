@@ -12,6 +12,7 @@ from megatron_deepseek.planning.gpus import find_gpu
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import FITS, OOM, all_ranks, largest_terms, rank_memory, verdict, worst
 from megatron_deepseek.planning.report import plan_memory
+from megatron_deepseek.planning.stage_bytes import arrived
 from megatron_deepseek.planning.state_bytes import Divided, state_parts
 from megatron_deepseek.planning.tasks import Task, cache_bytes_of_token
 from megatron_deepseek.settings import Settings
@@ -72,12 +73,14 @@ def test_every_part_is_in_the_largest_terms():
         assert sum(size for _, size in largest_terms(planned, memory)) == pytest.approx(memory.peak_bytes, rel=1e-9)
 
 
-def test_receive_buffers_do_not_grow_with_the_micro_batches():
-    """V3 under DualPipeV: two hidden states for each of a rank's stages, two gradients for one, one for the other, 56
-    MiB each, while torch's own stages keep four for each of 120 micro-batches.
+def test_what_has_arrived_does_not_grow_with_the_micro_batches():
+    """V3 under DualPipeV: at the peak three hidden states and gradients are there, 56 MiB each, and while an act runs
+    never more than two of a kind for a stage, while torch's own stages keep four for each of 120 micro-batches.
     """
-    few, many = (rank_memory(job(V3.replace("15360", str(size)), 2048), 5).receive for size in (4096, 15360))
-    assert few == many == 7 * STATE
+    few, many = (job(V3.replace("15360", str(size)), 2048) for size in (4096, 15360))
+    assert rank_memory(few, 5).receive == rank_memory(many, 5).receive == 3 * STATE
+    most = [max(counts) for counts in zip(*(sum(of_act, ()) for of_act in arrived(many, 5)))]
+    assert most == [1, 2, 1, 1]
 
 
 def test_less_is_kept_the_more_is_made_again():

@@ -92,19 +92,22 @@ def test_adapters_alone_have_gradients_and_moments():
                  marks=keeps_bytes),
     pytest.param("--quantization-bit 8", "base weights, fp8", marks=keeps_bytes)])
 def test_the_table_has_what_is_allocated(meshes, options, base):
-    """Base, adapters, gradients and moments byte for byte, of a step of one micro-batch on one rank."""
+    """Base, adapters, sums of gradients, which are as large as the reduced ones, and moments, byte for byte, of a step
+    of three micro-batches on one rank.
+    """
     config = dataclasses.replace(SMALL_LITE, n_group=1, topk_group=1)
-    asked = settings(f"--model tiny --load base --lora-rank 4 --lora-target all router --seq-length 8 {options}", 1)
+    asked = settings(f"--model tiny --load base --lora-rank 4 --lora-target all router --seq-length 8 "
+                     f"--global-batch-size 3 {options}", 1)
     asked = dataclasses.replace(asked, model=config)
     said = {part.name: part.bytes for part in memory_parts(Job(asked, cuda=False), 0)}
     trainer = Trainer(training_spec(asked), meshes)
     fill_held(trainer.stages, RandomBase(config), torch.device("cpu"))
-    trainer.train_step(training_batch(*random_batch(config, 1, 8)), learning_rate=1e-3)
+    trainer.train_step(training_batch(*random_batch(config, 3, 8)), learning_rate=1e-3)
     named = dict(trainer.stages[0].named_parameters())
     trained = [parameter for name, parameter in named.items() if is_adapter(name)]
     assert said[base] == sum(size(parameter) for name, parameter in named.items() if not is_adapter(name))
     assert said["adapters"] == sum(map(size, trained)) > 0
-    assert said["gradients"] == sum(size(parameter.grad) for parameter in trained)
+    assert said["sums of gradients"] == sum(size(parameter.grad) for parameter in trained)
     assert said["moments"] == sum(size(state[moment]) for state in trainer.optimizer.state.values()
                                   for moment in ("exp_avg", "exp_avg_sq"))
     assert said["activations"] > 0

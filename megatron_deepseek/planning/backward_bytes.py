@@ -1,0 +1,244 @@
+"""What a stage's backward takes beside what stood before it, in each turn (phases.py), moment by moment.
+
+The backward goes up through the layers. Behind it what they kept is free, and their units (stage_states.py) have come
+to an end: in the first backward their sums are there, in the last one they are reduced, and the sums and gathered
+weights are gone. Where weight gradients are made apart units end in W, and all at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.held_parameters import Held
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.layer_bytes import LayerBytes
+from megatron_deepseek.planning.phases import BEGUN, FIRST, GATHERED, LAST, MIDDLE, ONLY, REDUCED, SUMMED, Turn
+from megatron_deepseek.planning.stage_states import (
+    NOTHING,
+    Sizes,
+    by_layer,
+    made_with_inputs,
+    part_of,
+    passing,
+    sizes,
+    trained,
+)
+from megatron_deepseek.planning.state_bytes import data_ranks
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A moment of a backward. `bytes`: of activations and their gradients, less those of the kept ones that are free
+    again, and of weight gradients in the layers' dtype. `done`: parameters of the units that have ended, the last one
+    of them `before`. `ending`: those of a unit that ends now: `bytes` has none of its gradients, of which the last to
+    be added is of `last` parameters. `gathered`: bytes of weights that are gathered for the moment, beside all that.
+    """
+
+    bytes: float
+    done: Held = NOTHING
+    before: Held = NOTHING
+    ending: Held = NOTHING
+    last: float = 0.0
+    gathered: float = 0.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """Bytes that exist only while an act runs, `gathered` of them weights that are gathered layer by layer."""
+
+    bytes: int
+    gathered: int = 0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a stage, in their order, and what the backward has before it comes to them: `beside` is free of
+    what the stage keeps outside of them, `waits` is what the head's weight gradient needs later, `head` its weight
+    gradient, which is there until the stage's backward ends, and `loss` what is there while the head's backward runs.
+    `given`: the gradient of the stage's output that was received, which is counted as such.
+    """
+
+    each: Sequence[tuple[int, LayerBytes]]
+    beside: float
+    waits: float
+    head: float
+    loss: float
+    given: float
+
+
+def plus(one: Held, other: Held) -> Held:
+    """Return the sum of both."""
+    return Held(one.dense + other.dense, one.experts + other.experts)
+
+
+def _count(held: Held) -> int:
+    return held.dense + held.experts
+
+
+def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: tuple[bool, bool]) -> float:
+    """Return the bytes of an instant beside what stood before the backward, if that is of the turn (before, after).
+
+    `buffers_stay`: whether the buffer of a dense unit that was reduced stays until the next unit ends, and whether that
+    of routed experts does.
+    """
+    before, after = turn
+    done, ending = _count(instant.done), _count(instant.ending)
+    if after == SUMMED:
+        if before == SUMMED:
+            return instant.bytes + size.gradient * ending
+        converted = size.gradient * instant.last if ending and size.gradient < size.sum else 0
+        return instant.bytes + size.sum * (done + ending) + converted
+    summed = size.sum if before == SUMMED else 0
+    stays = instant.before.dense * buffers_stay[0] + instant.before.experts * buffers_stay[1]
+    found = instant.bytes - (summed + size.gathered) * done + size.of_reduced(instant.done)
+    if ending:
+        alone = size.gradient if not summed else 0
+        return found + (size.whole + alone - size.gathered) * ending
+    return found + size.whole * stays
+
+
+def backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
+    """Return the bytes that a stage's backwards take in each turn, beside what stands before them."""
+    if job.splits_backwards:
+        return {turn: Running(round(each)) for turn, each in split_backwards(job, stage, layers).items()}
+    return whole_backwards(job, stage, layers)
+
+
+def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
+    """Return the bytes of whole backwards in each turn, where they make weight gradients layer by layer."""
+    size, stay = sizes(job), _buffers_stay(job)
+    course = list(_course(job, stage, layers))
+    return {Turn("B", *turn): max((Running(round(in_turn(each, turn, size, stay) + each.gathered), round(each.gathered))
+                                   for each in course), key=lambda running: running.bytes)
+            for turn in (FIRST, MIDDLE, LAST, ONLY)}
+
+
+def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
+    """Yield the moments of a whole backward."""
+    weights, upwards = by_layer(job, stage), [index for index, _ in reversed(layers.each)]
+    outside = weights.outer if weights else 0.0
+    yield Instant(layers.loss, gathered=outside)
+    size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
+    for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
+        dense, experts = _units(job, index)
+        if weights:
+            yield Instant(layers.head - free, done, before, gathered=weights.beginning(index))
+            yield Instant(layer.sent + layers.head - free, done, before,
+                          gathered=weights.gathering_experts(index))
+        for moment in layer.moments:
+            made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
+            now = Instant(moment.bytes + made + layers.head - free - given * moment.given, done, before, gathered=(
+                weights.at(index, after, moment.experts_over, moment.ends) if weights else 0.0))
+            if moment.ends:
+                unit = experts if moment.ends == "experts" else dense
+                last = min(_count(unit), _of_mlp(job, index)) if unit is dense else _count(unit)
+                now = replace(now, ending=unit, last=last / 3)
+                done, before = plus(done, unit), unit
+            yield now
+        free, given = free + layer.kept, 0.0
+    outer, part = _outer(job, stage), job.stages[stage]
+    if part.embedding + len(part.mtp) > 1:  # two lookups' gradients, and their sum
+        embedding = trained(job, Stage(True, (), (), False)).dense
+        yield Instant(size.gradient * (outer.dense + 2 * embedding) - free, done, before, gathered=outside)
+    yield Instant(-free, done, before, outer, outer.dense / 2)
+
+
+def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, int]:
+    """Return the bytes of backwards in each turn where weight gradients are made apart: I those of the inputs, W those
+    of the weights, B both, one after the other.
+    """
+    size, found = sizes(job), {}
+    gathers = passing(job, stage, BEGUN).gathered.all - passing(job, stage, GATHERED).gathered.all
+    course = list(_course_of_inputs(job, stage, layers))
+    free = layers.beside + sum(each.kept for _, each in layers.each)
+    waits = layers.waits + sum(each.waiting for _, each in layers.each)
+    inputs = {before: max(in_turn(each, (before, SUMMED), size, (False, False)) for each in course)
+              for before in (GATHERED, SUMMED)}
+    inputs[GATHERED] += gathers
+    for before, after in ((GATHERED, BEGUN), (BEGUN, BEGUN), (SUMMED, SUMMED)):
+        found[Turn("I", before, after)] = inputs[GATHERED if before == GATHERED else SUMMED]
+    outer = size.sum * _count(made_with_inputs(job, stage))
+    for turn in (FIRST, MIDDLE, LAST, ONLY, (BEGUN, SUMMED), (BEGUN, REDUCED)):
+        before, after = turn
+        made = _made(job, stage, before != SUMMED, after == REDUCED)
+        if before != GATHERED:
+            found[Turn("W", *turn)] = made - waits
+        begun, first = outer + gathers if before == GATHERED else 0, GATHERED if before == GATHERED else SUMMED
+        found[Turn("B", *turn)] = max(inputs[first], max(waits, made) + begun - free)
+    return {turn: round(size) for turn, size in found.items()}
+
+
+def _course_of_inputs(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
+    """Yield the moments of a backward of the inputs."""
+    yield Instant(layers.loss)
+    free, waits, given, weights = layers.beside, layers.waits, layers.given, by_layer(job, stage)
+    for index, layer in reversed(layers.each):
+        if weights:
+            again = weights.gathering_experts(index) - weights.outer - weights.layers[index].all
+            yield Instant(layer.sent + again + layers.head - free + waits)
+        for moment in layer.moments:
+            yield Instant(moment.bytes + layers.head - free + waits - given * moment.given)
+        free, waits, given = free + layer.kept, waits + layer.waiting, 0.0
+    outer = made_with_inputs(job, stage)
+    yield Instant(waits - free, ending=outer, last=outer.dense / 2)
+
+
+def _made(job: Job, stage: int, first: bool, last: bool) -> float:
+    """Return the most bytes of weight gradients while W makes those of a whole stage: in the layers' dtype, in the
+    first W then as sums, one after the other, and behind the last W beside the buffer that is reduced.
+    """
+    size, units = sizes(job), _units_of_stage(job, stage)
+    number = sum(map(_count, units)) - _count(made_with_inputs(job, stage))
+    most, summed = size.gradient * number, size.sum * number if first else 0
+    if first:
+        most = max(most, summed + (size.gradient * _count(units[-1]) / 3 if size.gradient < size.sum else 0))
+    if last:
+        most = max(most, summed + _reducing(size, units))
+    return most
+
+
+def _reducing(size: Sizes, units: Sequence[Held]) -> float:
+    """Return the most bytes beside a stage's weights and sums while its units are reduced, one after the other."""
+    most, done = 0.0, NOTHING
+    for unit in units:
+        gone = size.of_reduced(done) - (size.sum + size.gathered) * _count(done)
+        most = max(most, gone + (size.whole - size.gathered) * _count(unit))
+        done = plus(done, unit)
+    return most
+
+
+def _buffers_stay(job: Job) -> tuple[bool, bool]:
+    """Return whether the buffer that was reduced stays until the next unit ends, beside the reduced gradients: those of
+    one data rank are the buffer itself, but for those that go to the host.
+    """
+    dense, experts = data_ranks(job)
+    host = job.settings.offload.optimizer_cpu_offload
+    return dense > 1 or host, experts > 1 or host
+
+
+def _units(job: Job, index: int) -> tuple[Held, Held]:
+    """Return the trained parameters of a layer but for routed experts, and those of these."""
+    held = trained(job, part_of(job, index))
+    outside = trained(job, Stage(True, (), (), False)).dense if index >= job.model.num_hidden_layers else 0
+    last = job.model.num_hidden_layers - 1 == index
+    norm = job.model.hidden_size if last else 0
+    return Held(max(0, held.dense - outside - norm), 0), Held(0, held.experts)
+
+
+def _outer(job: Job, stage: int) -> Held:
+    """Return the trained parameters of a stage that are in none of its layers."""
+    held, layers = trained(job, job.stages[stage]), [_units(job, index)[0] for index in job.layers_of(stage)]
+    return Held(held.dense - sum(map(_count, layers)), 0)
+
+
+def _units_of_stage(job: Job, stage: int) -> list[Held]:
+    """Return the trained parameters of each unit of a stage, in the order of its modules."""
+    return [_outer(job, stage), *(unit for index in job.layers_of(stage) for unit in _units(job, index))]
+
+
+def _of_mlp(job: Job, index: int) -> int:
+    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank."""
+    model = job.model
+    width = model.n_shared_experts * model.moe_intermediate_size if model.is_moe_layer(index) else \
+        model.intermediate_size
+    return 3 * model.hidden_size * width // job.layout.tp

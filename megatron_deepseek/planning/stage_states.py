@@ -1,0 +1,193 @@
+"""Gathered weights and gradients of one stage, phase by phase (phases.py), and by FSDP's units: what comes and goes
+while a backward runs.
+
+A unit is a layer's routed experts, all else of a layer, or what a stage holds outside of layers. FSDP gathers and
+reduces each as one (parallel/data.py): its gradients are in the layers' dtype until its backward is over, and are then
+added to the sums, or reduced: copied side by side into one float32 buffer, which the data ranks divide. With one data
+rank the buffer is the reduced gradient.
+
+Other engines have the same all the time: theirs are with what stands (state_bytes.py), and nothing is counted here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
+from megatron_deepseek.planning.head import chunk_of
+from megatron_deepseek.planning.held_parameters import Held, held_adapters, held_parameters
+from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.phases import BEFORE, BEGUN, GATHERED, PHASES, REDUCED, SUMMED
+from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_for_the_step, gathered_weights
+
+NOTHING = Held(0, 0)
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Bytes of a stage in a phase: gathered weights, sums of gradients, reduced gradients."""
+
+    gathered: Divided = Divided()
+    sums: Divided = Divided()
+    reduced: Divided = Divided()
+
+    @property
+    def all(self) -> float:
+        """Return their sum."""
+        return self.gathered.all + self.sums.all + self.reduced.all
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a parameter: `gradient` in the layers' dtype, `gathered`, `sum` (0 where nothing is summed), `whole` in
+    the buffer that is reduced, and `reduced` of a dense one and of one of routed experts, on the device.
+    """
+
+    gradient: int
+    gathered: int
+    sum: int
+    whole: int
+    reduced: tuple[float, float]
+
+    def of_reduced(self, held: Held) -> float:
+        """Return the bytes of reduced gradients."""
+        return held.dense * self.reduced[0] + held.experts * self.reduced[1]
+
+
+def sizes(job: Job) -> Sizes:
+    """Return what a parameter takes in this project's engine, and nothing in others."""
+    if not job.engine.gradient_apart:
+        return Sizes(0, 0, 0, 0, (0.0, 0.0))
+    engine, ranks = job.engine, data_ranks(job)
+    here = 0 if job.settings.offload.optimizer_cpu_offload else engine.reduced
+    return Sizes(job.numbers.element, job.numbers.element if gathered_for_the_step(job) else 0,
+                 int(engine.gradient) if sums(job) else 0, int(engine.gradient),
+                 (here / ranks[0], here / ranks[1]))
+
+
+def sums(job: Job) -> bool:
+    """Return whether gradients are summed before they are reduced."""
+    return job.micro_batches > 1 or job.splits_backwards
+
+
+def passing(job: Job, stage: int, phase: int) -> Passing:
+    """Return what a stage has in a phase."""
+    if not job.engine.gradient_apart:
+        return Passing()
+    part, size = [job.stages[stage]], sizes(job)
+    if phase == REDUCED:
+        held = trained(job, job.stages[stage])
+        return Passing(reduced=Divided(held.dense * size.reduced[0], held.experts * size.reduced[1]))
+    gathered = gathered_weights(job, part) if gathered_for_the_step(job) else Divided()
+    if phase == BEFORE:
+        return Passing(_gathered_ahead(job, gathered))
+    if phase == GATHERED and freed_by_forwards(job):
+        gathered = Divided()
+    held = {GATHERED: NOTHING, BEGUN: made_with_inputs(job, stage), SUMMED: trained(job, job.stages[stage])}[phase]
+    return Passing(gathered, Divided(size.sum * held.dense, size.sum * held.experts))
+
+
+def freed_by_forwards(job: Job) -> bool:
+    """Return whether each forward frees the weights that it has gathered. Where weight gradients are made apart they
+    stay from the first backward on, until another forward; they are taken to stay to the end.
+    """
+    return job.settings.run.sharding == "optim_grads_params" and job.engine.gradient_apart
+
+
+def states_of_phases(job: Job, stage: int) -> tuple[int, ...]:
+    """Return the bytes of a stage in each phase."""
+    return tuple(round(passing(job, stage, phase).all) for phase in PHASES)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes of the weights that are gathered unit by unit where they do not stay for the step: those in none of a
+    stage's layers, which are there through every act, and of each layer routed experts and all else.
+
+    `ahead`: the unit that comes next is gathered too, and while a unit is unpacked it is there twice; each for dense
+    units and for those of routed experts, if there are other data ranks. `from_host`: shards of routed experts come
+    from the host's memory.
+    """
+
+    outer: float
+    layers: Mapping[int, Divided]
+    ahead: tuple[bool, bool]
+    from_host: bool = False
+
+    def gathering_experts(self, index: int) -> float:
+        """Return what there is while routed experts are gathered. From the host come float32 masters, one weight after
+        the other. A single data rank then has the larger weight, two thirds of all, twice in the layers' dtype, and the
+        smaller one in float32 and in the layers' dtype.
+        """
+        there = 7 / 3 if self.from_host and not self.ahead[1] else 1 + self.ahead[1]
+        return self.outer + self.layers[index].dense + self.layers[index].experts * there
+
+    def at(self, index: int, after: int | None, experts_over: bool, ends: str) -> float:
+        """Return what is gathered in a moment of layer `index`'s backward, before that of layer `after`. A unit that
+        ends is free before its gradients are summed or reduced.
+        """
+        dense, experts = self.layers[index].dense, self.layers[index].experts
+        if ends == "layer":
+            return self.outer + self._next(after)
+        there = 0.0 if experts_over or ends == "experts" else experts
+        return self.outer + dense + there + self._next(after)
+
+    def _next(self, after: int | None) -> float:
+        return self.layers[after].dense if after is not None and self.ahead[0] else 0.0
+
+    def beginning(self, index: int) -> float:
+        """Return what is gathered when the backward of layer `index` has just gathered it."""
+        own = self.layers[index]
+        return self.outer + own.dense * (1 + self.ahead[0]) + own.experts * self.ahead[1]
+
+    def forward(self, index: int) -> float:
+        """Return what is gathered while the forward of layer `index` runs."""
+        own = self.layers[index]
+        twice = own.experts * self.ahead[1] or own.dense * self.ahead[0]
+        return self.outer + own.all + twice
+
+
+def by_layer(job: Job, stage: int) -> Gathered | None:
+    """Return the weights of a stage that are gathered unit by unit, None where they stay for the step."""
+    if not freed_by_forwards(job):
+        return None
+    dense, experts = data_ranks(job)
+    layers = {index: gathered_weights(job, [part_of(job, index)], outside=False) for index in job.layers_of(stage)}
+    whole = gathered_weights(job, [job.stages[stage]])
+    host = job.settings.offload.optimizer_cpu_offload
+    return Gathered(whole.dense - sum(each.dense for each in layers.values()), layers, (dense > 1, experts > 1),
+                    host)
+
+
+def part_of(job: Job, index: int) -> Stage:
+    """Return layer `index`, or the MTP module with this id, as a stage of its own."""
+    depth = index - job.model.num_hidden_layers
+    return Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
+
+
+def _gathered_ahead(job: Job, gathered: Divided) -> Divided:
+    """Return what of a stage is gathered before its first forward: torch's runtime for several stages begins to gather
+    those of all before the rank's first act, which takes memory where there are other data ranks.
+    """
+    if job.layout.pp == 1 or VIRTUAL_STAGES.get(job.schedule, 2) == 1:
+        return Divided()
+    dense, experts = data_ranks(job)
+    return Divided(gathered.dense * (dense > 1), gathered.experts * (experts > 1))
+
+
+def trained(job: Job, part: Stage) -> Held:
+    """Return the parameters of a part of the model that have gradients."""
+    settings = job.settings
+    if settings.lora is not None:
+        return held_adapters(job.model, job.layout, [part], settings.lora)
+    return held_parameters(job.model, job.layout, [part], settings.run.freeze_parameters)
+
+
+def made_with_inputs(job: Job, stage: int) -> Held:
+    """Return the parameters whose gradients a backward of the inputs makes: those of the embedding, and of the head
+    where its logits are made by chunks.
+    """
+    part = job.stages[stage]
+    chunks = chunk_of(job.shapes(), job.settings.loss.loss_chunk_size) is not None
+    outer = trained(job, Stage(bool(part.embedding or part.mtp), (), (), part.loss and chunks))
+    return Held(outer.dense, 0)
