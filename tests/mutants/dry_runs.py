@@ -47,7 +47,7 @@ DRY_RUNS = of(
     REAL,
     ("_Keeps.wait", "self._running.discard(self)", "pass"),
     ("NothingComputed.__torch_dispatch__", "return args[0]  # as", "return args[0].clone()  # as"),
-    ("labels.category", "ACTIVATIONS if allocation.outlived else TEMPORARIES", "ACTIVATIONS"),
+    ("labels.category", "ACTIVATIONS if allocation.outlived else TEMPORARIES", "TEMPORARIES"),
 ) + of(
     EVALUATION,
     ("forward_order", "stage = max(", "stage = min("),

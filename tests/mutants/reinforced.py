@@ -41,13 +41,13 @@ REINFORCED = of(
 ) + of(
     REFRESHED,
     ("Reference.checkpoint_begins", "self._begun_save = iteration", "pass"),
+    ("RolloutMaker.make", "self._iteration = state.iteration + 1", "self._iteration = state.iteration"),
     ("RolloutMaker.keep", "self.reference.checkpoint_begins(self._iteration)", "pass"),
 ) + of(
     ADAPTED,
     ("RolloutMaker._scored", "with self.reference.in_trainer():", "with torch.enable_grad():"),
 ) + of(
     KILLED,
-    ("RolloutMaker.make", "self._iteration = state.iteration + 1", "self._iteration = state.iteration"),
     ("HeldWeights.exchange", "held.copy_(before)", "pass"),
     ("Reference._begun", "iteration // self.interval * self.interval or None", "None"),
     ("RolloutMaker._scored", "len(rollout.updates) > 1", "False"),

@@ -98,7 +98,8 @@ def planted(stage, kind: str, kept: list) -> None:
         stage.register_forward_pre_hook(lambda *_: torch.zeros(1 << 24, dtype=torch.uint8).numel() and None)
 
 
-@pytest.mark.parametrize("kind", (WEIGHTS, ACTIVATIONS, TEMPORARIES, OPTIMIZER))
+@pytest.mark.parametrize("kind", (ACTIVATIONS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
+    WEIGHTS, TEMPORARIES, OPTIMIZER))))
 def test_a_byte_more_is_seen(monkeypatch, kind):
     settings = settings_of("--bf16 --global-batch-size 4", 1)
     reads = {index: [(COUNTS, [COUNTS])] * 2 for index in range(1, MODEL.num_hidden_layers)}
