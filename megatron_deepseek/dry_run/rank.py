@@ -47,7 +47,7 @@ def batch_of(settings: Settings) -> Batch:
     """
     rows, length = settings.batch.global_batch_size // settings.layout.dp, settings.data.seq_length
     documents = None
-    if settings.data.reset_attention_mask:
+    if settings.data.reset_attention_mask and settings.fine_tuning is None:
         with unset_fake_temporarily():  # they stay on the host, which reads where they end
             documents = (torch.arange(length) * 2 // length).repeat(rows, 1)
     return Batch(tokens_BS=torch.zeros((rows, length), dtype=torch.int64),
@@ -90,11 +90,12 @@ def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[
 def enough_micro_batches(job: Job, wanted: DryRun) -> int:
     """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
     been at its fullest, and has added gradients to sums. No rank has forwards of more micro-batches in flight than
-    twice the pipeline ranks, but for schedules that make all of them first.
+    twice the pipeline ranks, but for schedules that make all of them first; as many ranks later each of its stages has
+    sums as well.
     """
     if wanted.communication or job.schedule in _ALL_AT_ONCE:
         return job.micro_batches
-    return min(job.micro_batches, max(3, 2 * job.layout.pp))
+    return min(job.micro_batches, 3 * job.layout.pp)
 
 
 def with_micro_batches(settings: Settings, number: int) -> Settings:

@@ -41,15 +41,36 @@ def attend_within_documents(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: 
     """
     rows = []
     for q_NSD, k_NSD, v_NSV, places in zip(q_BNSD, k_BNSD, v_BNSV, documents.rows, strict=True):
-        parts = [fused_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), is_causal=True,
-                                                scale=scale, enable_gqa=q_NSD.shape[0] != k_NSD.shape[0])
-                 for place in places]
+        parts = [causal_attention(*(x[None, :, place] for x in (q_NSD, k_NSD, v_NSV)), scale) for place in places]
         rows.append(torch.cat(parts, 2))
     return torch.cat(rows)
 
 
+def causal_attention(q_BNSD: torch.Tensor, k_BNSD: torch.Tensor, v_BNSV: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the output [B, N, S, V] of torch's fused kernel, in float32 where products are (products.py)."""
+    if is_widened(q_BNSD):
+        return _WidenedAttention.apply(q_BNSD, k_BNSD, v_BNSV, Scores(scale, causal=True))
+    return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSV, is_causal=True, scale=scale,
+                                          enable_gqa=q_BNSD.shape[1] != k_BNSD.shape[1])
+
+
+class _WidenedAttention(torch.autograd.Function):
+    """Attention in float32 that keeps what the kernel of bfloat16 keeps."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scores):
+        out, lse = _cpu_forward(q, k, v, scores)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scores = scores
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_cpu_backward(grad, *ctx.saved_tensors, ctx.scores), None
+
+
 def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
-    """Return F.scaled_dot_product_attention, in float32 where products are (products.py)."""
+    """Return F.scaled_dot_product_attention without gradients, in float32 where products are (products.py)."""
     if not is_widened(q):
         return F.scaled_dot_product_attention(q, k, v, **options)
     wide = {name: option.float() if isinstance(option, torch.Tensor) and option.dtype == q.dtype else option
@@ -81,7 +102,7 @@ def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, 
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
     if documents is None:
-        y_BNSV = fused_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        y_BNSV = causal_attention(q, k, v, scale)
     else:
         y_BNSV = attend_within_documents(q, k, v, documents, scale)
     return y_BNSV.transpose(1, 2)[..., :width].flatten(-2)

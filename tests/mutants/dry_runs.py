@@ -23,7 +23,7 @@ DRY_RUNS = of(
     ("DrawnRoutes._of_nodes", "else [nodes * count for count in others[mine]]", "else others[mine]"),
 ) + of(
     ENOUGH,
-    ("rank.enough_micro_batches", "max(3, 2 * job.layout.pp)", "max(3, job.layout.pp)"),
+    ("rank.enough_micro_batches", "3 * job.layout.pp", "2 * job.layout.pp"),
     ("rank.enough_micro_batches", "wanted.communication or ", ""),
     ("rank.enough_micro_batches", " or job.schedule in _ALL_AT_ONCE", ""),
 ) + of(
