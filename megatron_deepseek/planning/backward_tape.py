@@ -1,123 +1,14 @@
-"""What a layer's backward makes and frees, in its order: a tape of bytes, which says how much there is at any time.
+"""What a layer's backward makes and frees, in its order, on a tape of bytes (byte_tape.py).
 
 It mirrors the order in which autograd goes back through the modules' code, as activations.py mirrors what they keep:
 each operator makes its gradients before it frees what it has read. Tensors smaller than a token's hidden state are left
 out. `docs/dry_run.md` says how it is compared with the code itself.
-
-Where weight gradients are made apart a product frees neither its input nor the gradient of its output, which wait.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from megatron_deepseek.planning.byte_tape import Backward, Tape
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
-
-
-@dataclass(frozen=True)
-class Backward:
-    """A moment of a layer's backward. `bytes`: what exists then, less those of the layer's kept ones that are free
-    again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
-    the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
-    "experts" or "layer"; `experts_over`: that of routed experts has ended before.
-    """
-
-    bytes: float
-    dense: float = 0.0
-    experts: float = 0.0
-    given: bool = True
-    ends: str = ""
-    experts_over: bool = False
-
-
-class Tape:
-    """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
-    others are made again, or brought back, when they are used.
-    """
-
-    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool):
-        self._sizes: dict[str, float] = {}
-        for each in whole:
-            self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
-        self._there = {each.name for each in there}
-        self._deferred = deferred
-        self._now, self._dense, self._experts, self._given, self._over = 0.0, 0.0, 0.0, True, False
-        self.moments: list[Backward] = []
-
-    def make(self, size: float) -> None:
-        """Allocate so many bytes."""
-        self._now += size
-        self._note()
-
-    def drop(self, *sizes: float) -> None:
-        """Free what was made."""
-        self._now -= sum(sizes)
-
-    def use(self, *names: str) -> None:
-        """Read kept tensors, which are made again or brought back if they are not there."""
-        for name in names:
-            if name in self._sizes and name not in self._there:
-                self._there.add(name)
-                self.make(self._sizes[name])
-
-    def size_of(self, name: str) -> float:
-        """Return the bytes of a kept tensor, 0 if the layer has none of this name."""
-        return self._sizes.get(name, 0.0)
-
-    def free(self, *names: str) -> None:
-        """Free kept tensors."""
-        for name in names:
-            if name in self._there:
-                self._there.remove(name)
-                self._now -= self._sizes[name]
-
-    def has(self, name: str) -> bool:
-        """Return whether a kept tensor is there."""
-        return name in self._there
-
-    def free_unless_deferred(self, *names: str) -> None:
-        """Free inputs of products, which wait where weight gradients are made apart."""
-        if not self._deferred:
-            self.free(*names)
-
-    def product(self, source: str | None, gradient: float, result: float, parameters: float, experts: bool = False,
-                stays: bool = False) -> None:
-        """Go back through a product: from `gradient` bytes of its output's gradient to `result` bytes of its input's,
-        and its weight's gradient. `source` is its kept input, which others read too if it `stays`.
-        """
-        if source is not None:
-            self.use(source)
-        if self._deferred:
-            self.make(result)
-            return
-        if experts:
-            self.make(result)
-            self._experts += parameters
-            self._note()
-        else:
-            self._dense += parameters
-            self.make(result)
-        self.drop(gradient)
-        if source is not None and not stays:
-            self.free(source)
-
-    def give_back(self, size: float) -> None:
-        """Free the gradient of the layer's output."""
-        self._given = False
-        self._now -= size
-
-    def end(self, unit: str) -> None:
-        """Mark the end of a unit of FSDP, whose weight gradients are then no longer in the layers' dtype."""
-        if self._deferred:
-            return
-        self.moments.append(Backward(self._now, self._dense if unit == "experts" else 0.0, 0.0, self._given, unit,
-                                     self._over))
-        if unit == "experts":
-            self._experts, self._over = 0.0, True
-        else:
-            self._dense = 0.0
-
-    def _note(self) -> None:
-        self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._over))
 
 
 def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], there: Iterable[Kept], deferred: bool,
@@ -126,7 +17,7 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
 
     `deferred`: weight gradients are made apart; `again_at_once`: the layer runs again as a whole.
     """
-    tape = Tape(whole, there, deferred)
+    tape = Tape(whole, there, deferred, shapes.numbers)
     model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again_at_once:
@@ -146,7 +37,7 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     (_heads_of_groups if model.grouped_query else _latent)(tape, shapes, stream, by_blocks)
     _norm(tape, stream, "input of the layer")
     if mtp:
-        tape.product("MTP's joined input", stream, 2 * stream, 2 * model.hidden_size ** 2)
+        tape.product("MTP's joined input", stream, 2 * stream, 2 * model.hidden_size ** 2, in_recipe=False)
         tape.use("MTP's embedding")
         tape.make(2 * stream)
         tape.drop(2 * stream)
@@ -179,12 +70,25 @@ def _norm(tape: Tape, stream: float, source: str) -> None:
         tape.drop(stream)
 
 
-def _swiglu(tape: Tape, name: str, hidden: float, source: str) -> None:
-    """Go back from the gradient of SwiGLU's output to those of gate and up; `source` is the kept pair."""
+def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: float, experts: bool = False,
+          received: bool = False) -> None:
+    """Go back through the product behind SwiGLU, and SwiGLU, to the gradients of gate and up. FP8 makes those as tiles,
+    and SwiGLU's output again.
+    """
+    source, tiles, of_gradient = f"{name}: gate and up", tape.tiles(hidden), tape.tiles(gradient)
+    if not tiles:
+        tape.product(f"{name}: hidden", 0.0 if received else gradient, hidden, parameters, experts)
+        tape.use(source)
+        tape.make(3 * hidden)
+        tape.drop(2 * hidden)
+        tape.free(source)
+        return
     tape.use(source)
-    tape.make(3 * hidden)
-    tape.drop(hidden, hidden)
+    for made in (2 * of_gradient, hidden, 4 * tiles, tiles):
+        tape.make(made)
+    tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
     tape.free(source)
+    tape.drop(hidden, 0.0 if received else gradient)
 
 
 def _mlp(tape: Tape, shapes: LayerShapes, width: int, stream: float) -> None:
@@ -193,11 +97,8 @@ def _mlp(tape: Tape, shapes: LayerShapes, width: int, stream: float) -> None:
     gathered, hidden = numbers.plain(shapes.whole, h), numbers.plain(shapes.whole, width)
     if shapes.gathers:
         tape.make(gathered)  # the gradient of what TP has reduced and scattered
-    tape.product("MLP: hidden", gathered if shapes.gathers else 0.0, hidden, h * width)
-    _swiglu(tape, "MLP", hidden, "MLP: gate and up")
-    for _ in range(2):
-        tape.product("MLP's input", hidden, gathered, h * width, stays=True)
-    tape.free_unless_deferred("MLP's input")
+    _down(tape, "MLP", gathered, hidden, h * width, received=not shapes.gathers)
+    tape.products_of_swiglu("MLP's input", 2, hidden, gathered, h * width)
     tape.make(gathered)
     tape.drop(gathered, gathered)
     if shapes.gathers:
@@ -223,15 +124,12 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
         tape.free(joined)
     tape.make(sent)
     if layout.ep > 1 or layout.etp > 1:
-        tape.make(got)
-        tape.drop(sent)
-        tape.make(got)
-        tape.drop(got)
-    tape.product("experts: hidden", got, hidden, of_expert / 3, experts=True)
-    _swiglu(tape, "experts", hidden, "experts: gate and up")
-    tape.make(2 * hidden)
-    tape.drop(2 * hidden)
-    tape.product("experts' rows", 2 * hidden, got, of_expert * 2 / 3, experts=True)
+        _arrive(tape, shapes, sent, got)
+    _down(tape, "experts", got, hidden, of_expert / 3, experts=True)
+    if not numbers.fp8:
+        tape.make(2 * hidden)
+        tape.drop(2 * hidden)
+    tape.products_of_swiglu("experts' rows", 1, 2 * hidden, got, of_expert * 2 / 3, experts=True)
     tape.end("experts")
     if layout.ep > 1 or layout.etp > 1:
         tape.make(got)
@@ -252,6 +150,26 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(2 * token, *([stream] if model.n_shared_experts else []))
 
 
+def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
+    """Go back to the experts' ranks: gradients are sent, and sorted by expert. In FP8 tiles are sent, but not by
+    `allgather`, and plain rows are sorted, which are made of the tiles in float32.
+    """
+    if not shapes.numbers.fp8 or shapes.layout.ep == 1 or shapes.traffic.dispatcher == "allgather":
+        tape.make(got)
+        tape.drop(sent)
+        tape.make(got)
+        tape.drop(got)
+        return
+    wide = got / shapes.numbers.element * shapes.numbers.wide
+    tape.make(tape.tiles(sent))
+    tape.make(tape.tiles(got))
+    tape.drop(tape.tiles(sent), sent)
+    tape.make(wide + got)
+    tape.drop(wide)
+    tape.make(got)
+    tape.drop(got, tape.tiles(got))
+
+
 def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> None:
     """Go back through MLA (model/attention/mla.py)."""
     model, numbers, heads, whole = shapes.model, shapes.numbers, shapes.heads, shapes.whole
@@ -264,10 +182,7 @@ def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> 
         _blocks(tape, shapes, keys, keys, values, numbers.plain(whole, both), keys)
         tape.product(None, 0.0, latent, model.kv_lora_rank * both)
     else:
-        tape.use("queries", "keys", "values")
-        tape.make(2 * keys + values)
-        tape.drop(values)
-        tape.free("queries", "keys", "values", "attention's output", "attention's output as computed")
+        _attend(tape, shapes, values, (keys, keys, values), model.qk_head_dim / model.v_head_dim)
         made = numbers.plain(whole, both)
         tape.make(made)
         tape.drop(values, keys)
@@ -302,10 +217,7 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
         if not tape.has("queries"):
             tape.make(2 * queries + turned)
             tape.drop(2 * queries + turned)
-        tape.use("queries", "keys", "values")
-        tape.make(queries + 2 * keys)
-        tape.drop(queries)
-        tape.free("queries", "keys", "values", "attention's output", "attention's output as computed")
+        _attend(tape, shapes, queries, (queries, keys, keys), 1.0)
     tape.product(None, keys, gathered, h * shapes.kv_product_heads * size)
     tape.product(None, keys, gathered, h * shapes.kv_product_heads * size)
     tape.make(gathered)
@@ -319,14 +231,36 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
     tape.drop(2 * gathered)
 
 
+def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[float, float, float], wider: float) -> None:
+    """Go back through attention at once, from the gradient of its output to `gradients`, those of queries, keys and
+    values, which are there afterwards. `wider`: the keys' width over the values'.
+
+    The FP8 recipe (ops/fp8/attention.py) calls the kernel itself: with copies of the output, made of E5M6, and of its
+    gradient, with both and the values as wide as keys, and with room for its results, which are then copied.
+    """
+    tape.use("queries", "keys", "values", "attention's output")
+    if not shapes.numbers.fp8:
+        tape.make(sum(gradients))
+    else:
+        values = gradients[-1] * wider
+        padded = 2 * output * wider + values if wider != 1 else 0.0
+        tape.make(3 * output)
+        tape.drop(output)
+        results = gradients[0] + gradients[1] + values
+        tape.make(sum(gradients) + padded + results)
+        tape.drop(padded + results, 2 * output)
+    tape.drop(output)
+    tape.free("queries", "keys", "values", "attention's output", "attention's output as computed")
+
+
 def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, width: int) -> None:
     """Go back through the product of attention's output, which attention's own backward reads too."""
     gathered = shapes.numbers.plain(shapes.whole, shapes.model.hidden_size)
     if shapes.gathers:
         tape.make(gathered)
     apart = tape.size_of("attention's output as computed") > 0
-    tape.product("attention's output", gathered if shapes.gathers else 0.0, width_bytes,
-                 shapes.model.hidden_size * width, stays=not apart)
+    tape.product("attention's output", gathered, width_bytes, shapes.model.hidden_size * width, stays=not apart,
+                 received=not shapes.gathers)
 
 
 def _blocks(tape: Tape, shapes: LayerShapes, queries: float, keys: float, values: float, projected: float,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
-from megatron_deepseek.planning.backward_tape import Backward, layer_moments
+from megatron_deepseek.planning.backward_tape import layer_moments
+from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 

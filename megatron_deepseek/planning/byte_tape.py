@@ -1,0 +1,160 @@
+"""What a layer's backward makes and frees, as bytes on a tape: how much there is at any time.
+
+A product in bfloat16 keeps its input and makes two gradients. One of the FP8 recipe (ops/fp8/recipe.py) reads tiles
+alone: its output's gradient once by rows for the input's gradient and once by columns for the weight's, and its kept
+input by columns too. All of them are there together when its weight's gradient is made.
+
+Where weight gradients are made apart a product in bfloat16 frees neither its input nor the gradient of its output, which
+wait; one in FP8 leaves the kept input and the gradient's columns, and frees the rest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_deepseek.planning.layer_shapes import Kept
+from megatron_deepseek.planning.numbers import TILE, Numbers
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A moment of a layer's backward. `bytes`: what exists then, less those of the layer's kept ones that are free
+    again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
+    the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
+    "experts" or "layer"; `experts_over`: that of routed experts has ended before.
+    """
+
+    bytes: float
+    dense: float = 0.0
+    experts: float = 0.0
+    given: bool = True
+    ends: str = ""
+    experts_over: bool = False
+
+
+class Tape:
+    """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
+    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart.
+    """
+
+    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers):
+        self._sizes: dict[str, float] = {}
+        for each in whole:
+            self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
+        self._there = {each.name for each in there}
+        self._deferred, self._numbers = deferred, numbers
+        self._now, self._dense, self._experts, self._given, self._over = 0.0, 0.0, 0.0, True, False
+        self.moments: list[Backward] = []
+
+    def make(self, size: float) -> None:
+        """Allocate so many bytes."""
+        self._now += size
+        self._note()
+
+    def drop(self, *sizes: float) -> None:
+        """Free what was made."""
+        self._now -= sum(sizes)
+
+    def use(self, *names: str) -> None:
+        """Read kept tensors, which are made again or brought back if they are not there."""
+        for name in names:
+            if name in self._sizes and name not in self._there:
+                self._there.add(name)
+                self.make(self._sizes[name])
+
+    def size_of(self, name: str) -> float:
+        """Return the bytes of a kept tensor, 0 if the layer has none of this name."""
+        return self._sizes.get(name, 0.0)
+
+    def free(self, *names: str) -> None:
+        """Free kept tensors."""
+        for name in names:
+            if name in self._there:
+                self._there.remove(name)
+                self._now -= self._sizes[name]
+
+    def has(self, name: str) -> bool:
+        """Return whether a kept tensor is there."""
+        return name in self._there
+
+    def free_unless_deferred(self, *names: str) -> None:
+        """Free inputs of products, which wait where weight gradients are made apart."""
+        if not self._deferred:
+            self.free(*names)
+
+    def tiles(self, size: float) -> float:
+        """Return the bytes of E4M3 tiles of what takes `size` bytes in the layers' dtype; 0 if products are not in FP8.
+        """
+        return self._numbers.tiles(1, TILE) / self._numbers.plain(1, TILE) * size if self._numbers.fp8 else 0.0
+
+    def product(self, source: str | None, gradient: float, result: float, parameters: float, experts: bool = False,
+                stays: bool = False, received: bool = False, in_recipe: bool = True) -> None:
+        """Go back through a product: from `gradient` bytes of its output's gradient to `result` bytes of its input's,
+        and its weight's gradient. `source` is its kept input, which others read too if it `stays`. A `received`
+        gradient is the layer's own, and is not freed. `in_recipe`: where there is an FP8 recipe it is in FP8.
+        """
+        if source is not None:
+            self.use(source)
+        each = self.tiles(gradient) if in_recipe else 0.0
+        self.make(2 * each)
+        self.make(result)
+        self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
+        if not received and (each or not self._deferred):
+            self.drop(gradient)
+        if source is not None and not stays:
+            self.free_unless_deferred(source)
+
+    def products_of_swiglu(self, source: str, count: int, gradient: float, result: float, parameters: float,
+                           experts: bool = False) -> None:
+        """Go back through the `count` products, of `parameters` each, whose outputs SwiGLU has read: their gradients
+        are there, each `gradient` bytes in the layers' dtype, but in FP8 as tiles, which are one tensor for all.
+        """
+        each = self.tiles(gradient)
+        if not each:
+            for _ in range(count):
+                self.product(source, gradient, result, parameters, experts, stays=True)
+        else:
+            self.use(source)
+            for _ in range(count):
+                self.make(result)
+                self._weigh_input(self.tiles(result), 0.0, 0.0, parameters, experts)
+            self.drop(count * each, 0.0 if self._deferred else count * each)
+        self.free_unless_deferred(source)
+
+    def weigh(self, rows: float, columns: float, parameters: float, experts: bool) -> None:
+        """Make a weight's gradient of tiles of `columns` bytes and free these, unless they wait for it; free `rows`
+        bytes of the output gradient's other tiles.
+        """
+        if not self._deferred:
+            if experts:
+                self._experts += parameters
+            else:
+                self._dense += parameters
+            self._note()
+            self.drop(columns)
+        self.drop(rows)
+
+    def _weigh_input(self, of_input: float, rows: float, columns: float, parameters: float, experts: bool) -> None:
+        """Make a weight's gradient with tiles of the kept input, which are then made of it."""
+        if not self._deferred:
+            self.make(of_input)
+            columns += of_input
+        self.weigh(rows, columns, parameters, experts)
+
+    def give_back(self, size: float) -> None:
+        """Free the gradient of the layer's output."""
+        self._given = False
+        self._now -= size
+
+    def end(self, unit: str) -> None:
+        """Mark the end of a unit of FSDP, whose weight gradients are then no longer in the layers' dtype."""
+        if self._deferred:
+            return
+        self.moments.append(Backward(self._now, self._dense if unit == "experts" else 0.0, 0.0, self._given, unit,
+                                     self._over))
+        if unit == "experts":
+            self._experts, self._over = 0.0, True
+        else:
+            self._dense = 0.0
+
+    def _note(self) -> None:
+        self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._over))
