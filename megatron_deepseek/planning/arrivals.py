@@ -49,8 +49,8 @@ def waiting_in_acts(schedule: str, pp: int, virtual_stages: int, micro_batches: 
         return tuple((each,) * len(actions(schedule, pp, virtual_stages, micro_batches, rank))
                      for rank, each in enumerate(every))
     if pp == 1 or VIRTUAL_STAGES[schedule] == 1:
-        return tuple(tuple(_in_need(act, each, pp * virtual_stages) for act in
-                           actions(schedule, pp, virtual_stages, micro_batches, rank))
+        return tuple(tuple(_in_need(actions(schedule, pp, virtual_stages, micro_batches, rank), each, schedule,
+                                    pp * virtual_stages))
                      for rank, each in enumerate(held))
     found, waiting = [[] for _ in held], Counter()
     for event in _all_turns(schedule, pp, virtual_stages, micro_batches):
@@ -62,10 +62,17 @@ def waiting_in_acts(schedule: str, pp: int, virtual_stages: int, micro_batches: 
     return tuple(map(tuple, found))
 
 
-def _in_need(act: Act, stages: Sequence[int], number: int) -> tuple[tuple[int, int], ...]:
-    """Return what has arrived where a receive is started when it is needed: the gradient of the backward that runs."""
-    backwards = {run.stage for run in act if run.kind in "BI"}
-    return tuple((0, int(stage in backwards and stage < number - 1)) for stage in stages)
+def _in_need(acts: Sequence[Act], stages: Sequence[int], schedule: str, number: int
+             ) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yield for each act what has arrived where a receive is started when it is needed: the gradient of the backward
+    that runs. Beside it torch's 1F1B holds the gradient that it sent last until it sends the next; it is as large as a
+    hidden state that arrives, and is counted as one.
+    """
+    sent = 0
+    for act in acts:
+        backwards = {run.stage for run in act if run.kind in "BI"}
+        yield tuple((sent if stage else 0, int(stage in backwards and stage < number - 1)) for stage in stages)
+        sent = int(schedule == "1F1B" and bool(sent or backwards))
 
 
 def one_each(stages: int) -> Waiting:

@@ -81,7 +81,8 @@ def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Seque
     head *= sizes(job).gradient
     several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
     given = received_bytes(job, stage, shapes)["returning"]
-    return Layers(tuple(zip(job.layers_of(stage), layers)), beside, head_waiting(job, stage, shapes),
+    free = beside - output_bytes(job, stage, shapes)  # torch's stage holds its output until its backward has ended
+    return Layers(tuple(zip(job.layers_of(stage), layers)), free, head_waiting(job, stage, shapes),
                   head, head_backward(shapes, chunk) + several if own else 0.0, given)
 
 
@@ -100,8 +101,16 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
             shapes.whole * (model.vocab_size // job.layout.tp) * job.engine.logit_bytes
         yield "head", predictions * each
-    if job.layout.pp > 1 and stage < len(job.stages) - 1 and job.engine.keeps_output:
-        yield "output of the stage", states_after(job, stage) * hidden
+    output = output_bytes(job, stage, shapes)
+    if output:
+        yield "output of the stage", output
+
+
+def output_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
+    """Return the bytes of what a stage passed on, if it keeps that until its backward."""
+    if job.layout.pp == 1 or stage == len(job.stages) - 1 or not job.engine.keeps_output:
+        return 0.0
+    return states_after(job, stage) * shapes.numbers.plain(shapes.stream, job.model.hidden_size)
 
 
 def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
