@@ -231,7 +231,8 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
     tape.drop(2 * gathered)
 
 
-def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[float, float, float], wider: float) -> None:
+def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[float, float, float], wider: float
+            ) -> None:
     """Go back through attention at once, from the gradient of its output to `gradients`, those of queries, keys and
     values, which are there afterwards. `wider`: the keys' width over the values'.
 
@@ -250,7 +251,8 @@ def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[flo
         tape.make(sum(gradients) + padded + results)
         tape.drop(padded + results, 2 * output)
     tape.drop(output)
-    tape.free("queries", "keys", "values", "attention's output", "attention's output as computed")
+    tape.free("queries", "keys", "values", "attention's output as computed")
+    tape.free_unless_deferred("attention's output")
 
 
 def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, width: int) -> None:
@@ -266,22 +268,24 @@ def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, 
 def _blocks(tape: Tape, shapes: LayerShapes, queries: float, keys: float, values: float, projected: float,
             padded: float) -> None:
     """Go back through attention by blocks (parallel/blockwise_attention.py): keys and values of each rank's tokens are
-    made again; the gradient of queries is summed in float32.
+    made again; the gradient of queries is summed in float32. In FP8 the output is made of its E5M6.
     """
-    wide = queries / shapes.numbers.element * shapes.numbers.wide
+    wide, output = queries / shapes.numbers.element * shapes.numbers.wide, values if projected else queries
+    restored, tiles = output if shapes.numbers.fp8 else 0.0, 2 * tape.tiles(projected)
     tape.use("queries", "attention's output")
-    tape.make(wide)
+    tape.make(restored + wide)
     pads = 3 * padded if keys != values else 0.0
     made = keys + values if projected else 0.0
     tape.make(projected + made)
     tape.drop(projected)
     tape.make(keys + values + pads + (3 * padded if pads else queries + keys + values))
     tape.drop(pads + (3 * padded if pads else queries + keys + values))
-    tape.make(projected)
-    tape.drop(projected, made)
+    tape.make(projected + tiles)
+    tape.drop(projected, tiles, made)
     tape.drop(keys + values)
     tape.make(queries)
-    tape.drop(wide, values if projected else queries)
-    tape.free("queries", "attention's output", "keys and values of the context ranks")
+    tape.drop(restored, wide, output)
+    tape.free("queries", "keys and values of the context ranks")
+    tape.free_unless_deferred("attention's output")
     if not projected:
         tape.make(2 * keys)

@@ -4,8 +4,8 @@ A product in bfloat16 keeps its input and makes two gradients. One of the FP8 re
 alone: its output's gradient once by rows for the input's gradient and once by columns for the weight's, and its kept
 input by columns too. All of them are there together when its weight's gradient is made.
 
-Where weight gradients are made apart a product in bfloat16 frees neither its input nor the gradient of its output, which
-wait; one in FP8 leaves the kept input and the gradient's columns, and frees the rest.
+Where weight gradients are made apart a product in bfloat16 frees neither its input nor the gradient of its output:
+both wait. One in FP8 leaves its kept input and the gradient's tiles by columns, and frees the rest.
 """
 
 from collections.abc import Iterable

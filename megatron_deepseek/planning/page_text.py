@@ -28,7 +28,8 @@ does not fit, what would have to change.
   byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches
   wait, and when, is found by replaying the schedule's own list of actions (`planning/actions.py`, equal to torch's).
 * **While a layer runs**: `planning/backward_tape.py` goes back through a layer as autograd does, operator by operator:
-  gradients, what is made again, rows on their way to experts. These are sums over shapes, not counted by hooks.
+  gradients, what is made again, rows on their way to experts; in FP8 the tiles that a product reads. They are sums over
+  shapes, not counted by hooks; `tests/unit/dry_run/` compares them with the code ([dry_run.md](dry_run.md)).
 * **As a step goes on**: a stage's weights are gathered at its first forward; the first backward makes its sums of
   gradients layer by layer, the last one reduces and frees them (`planning/phases.py`). The peak, and the states beside
   it, are those of the fullest moment.

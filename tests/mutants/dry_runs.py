@@ -12,6 +12,8 @@ FREED = (f"{UNIT}test_freed_weights.py",)
 COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
+FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
+BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
 
 DRY_RUNS = of(
@@ -64,4 +66,19 @@ DRY_RUNS = of(
     ("command._with_base", '("--load", "any") if', "() if"),
     ("command._run", 'if distillation is not None:', "if False:"),
     ("RecordedCollectives.__torch_dispatch__", "if name not in _LOCAL:", "if name not in (*_LOCAL, 'alltoall_base_'):"),
+) + of(
+    FP8_PEAKS,
+    ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
+    ("backward_tape._arrive", "tape.make(wide + got)", "tape.make(got)"),
+    ("backward_tape._attend", "+ padded + results)\n        tape.drop(padded", "+ results)\n        tape.drop(0.0"),
+    ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
+    ("_layers_of_backward", "beside - output_bytes(job, stage, shapes)", "beside"),
+    ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
+) + of(
+    BYTE_TAPE,
+    ("Tape.product", "self.make(2 * each)", "self.make(each)"),
+    ("Tape.product", "and (each or not self._deferred)", "and not self._deferred"),
+    ("Tape.products_of_swiglu", "0.0 if self._deferred else count * each", "count * each"),
+    ("Tape._weigh_input", "columns += of_input", "pass"),
+    ("Tape.weigh", "self.drop(rows)", "pass"),
 )
