@@ -127,4 +127,4 @@ def test_code(completion, row, value):
 
 def test_programs_that_hang_cost_the_others_nothing():
     rows = [{"tests": ["assert True"]}, {"tests": ["while True: pass"]}, {}, {"tests": ["assert True"]}]
-    assert code_reward([""] * 4, [""] * 4, rows, seconds=1.0, unisolated=True) == [1, 0, None, 1]
+    assert code_reward([""] * 4, [""] * 4, rows, seconds=3.0, unisolated=True) == [1, 0, None, 1]
