@@ -21,7 +21,7 @@ from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
 from megatron_deepseek.parallel.recorded_collectives import Collective, RecordedCollectives
-from megatron_deepseek.parallel.schedule_rules import microbatch_rule, takes_microbatches
+from megatron_deepseek.parallel.schedule_rules import INTERLEAVED, microbatch_rule, takes_microbatches
 from megatron_deepseek.planning.held_parameters import held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import RankMemory, rank_memory
@@ -90,12 +90,17 @@ def dry_rank(wanted: DryRun, settings: Settings, rank: int, progress: Callable[[
 def enough_micro_batches(job: Job, wanted: DryRun) -> int:
     """Return how many micro-batches show all that is wanted: of collectives all, of memory so many that every rank has
     been at its fullest, and has added gradients to sums. No rank has forwards of more micro-batches in flight than
-    twice the pipeline ranks, but for schedules that make all of them first; as many ranks later each of its stages has
-    sums as well.
+    twice the pipeline ranks, but for schedules that make all of them first. With one more each of its stages has sums
+    while they are in flight; interleaved schedules keep the length of their rounds.
     """
     if wanted.communication or job.schedule in _ALL_AT_ONCE:
         return job.micro_batches
-    return min(job.micro_batches, 3 * job.layout.pp)
+    pp = job.layout.pp
+    number = 2 * pp + 1
+    if pp > 1 and job.schedule in INTERLEAVED:
+        of_a_round = job.micro_batches // max(1, job.micro_batches // pp)
+        number = -(-number // of_a_round) * of_a_round
+    return min(job.micro_batches, number)
 
 
 def with_micro_batches(settings: Settings, number: int) -> Settings:

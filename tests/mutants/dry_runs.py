@@ -25,7 +25,7 @@ DRY_RUNS = of(
     ("DrawnRoutes._of_nodes", "else [nodes * count for count in others[mine]]", "else others[mine]"),
 ) + of(
     ENOUGH,
-    ("rank.enough_micro_batches", "3 * job.layout.pp", "2 * job.layout.pp"),
+    ("rank.enough_micro_batches", "number = 2 * pp + 1", "number = 2 * pp"),
     ("rank.enough_micro_batches", "wanted.communication or ", ""),
     ("rank.enough_micro_batches", " or job.schedule in _ALL_AT_ONCE", ""),
 ) + of(
