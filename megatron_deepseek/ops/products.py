@@ -1,6 +1,6 @@
 """Products of matrices, in float32 where a processor has no instructions for bfloat16.
 
-torch multiplies bfloat16 on a CPU by oneDNN, which needs AVX-512 for it. On other CPUs, many laptops' among them, it runs
+torch multiplies bfloat16 on a CPU by oneDNN, which needs AVX-512 for it. On other CPUs, as of many laptops, it runs
 a plain loop, with which a training step took 12 times as long as with what is here (docs/benchmarks.md): operands are
 made float32, some columns at a time, and the result is rounded once, as oneDNN and GPUs do.
 
