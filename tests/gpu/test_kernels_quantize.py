@@ -21,7 +21,8 @@ def numbers(rows: int, columns: int, device) -> torch.Tensor:
     """Over many magnitudes, zeros and bfloat16's own extremes among them, tiles with nothing but zeros too."""
     x = torch.randn(rows, columns, device=device) * torch.exp2(torch.randint(-12, 12, (rows, 1), device=device))
     x[:, columns // 2] = 0
-    x[rows // 2:rows // 2 + 1] = 0
+    if rows > 1:  # a single row keeps its numbers: of zeros alone every kernel is right
+        x[rows // 2] = 0
     if rows > 2:
         x[1, :3] = torch.tensor([3e38, 1e-40, -1e-38], device=device)
     return x.bfloat16()
