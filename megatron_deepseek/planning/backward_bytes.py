@@ -115,7 +115,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
         dense, experts = _units(job, index)
         if weights:
             yield Instant(layers.head - free, done, before, gathered=weights.beginning(index))
-            yield Instant(layer.sent + layers.head - free, done, before,
+            yield Instant(layer.sent + layers.head - free - given, done, before,
                           gathered=weights.gathering_experts(index))
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
@@ -167,7 +167,7 @@ def _course_of_inputs(job: Job, stage: int, layers: Layers) -> Iterator[Instant]
     for index, layer in reversed(layers.each):
         if weights:
             again = weights.gathering_experts(index) - weights.outer - weights.layers[index].all
-            yield Instant(layer.sent + again + layers.head - free + waits)
+            yield Instant(layer.sent + again + layers.head - free + waits - given)
         for moment in layer.moments:
             yield Instant(moment.bytes + layers.head - free + waits - given * moment.given)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0

@@ -11,6 +11,7 @@ from functools import lru_cache
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
+from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
@@ -30,7 +31,8 @@ class LayerMode:
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
     exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
-    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered.
+    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
+    and `gathering` what there is of the forward then, beside what is kept.
     """
 
     kept: float
@@ -39,6 +41,7 @@ class LayerBytes:
     moments: tuple[Backward, ...]
     waiting: float
     sent: float
+    gathering: float = 0.0
 
     @property
     def backward(self) -> float:
@@ -78,17 +81,33 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool) -
     waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
     held = inputs(shapes, whole) if mode.full else list(remaining(whole, mode.again))
     stays = [each for each in held if each.name == "MTP's output" or each.stays and not mode.full]
-    kept = sum(each.bytes for each in held)
-    moments = layer_moments(shapes, index, _made_at_all(whole, mode), stays if mode.offloaded else held, deferred,
-                            mode.full)
-    experts = shapes.model.is_moe_layer(index)
-    sent = shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size) if experts else 0.0
-    if mode.offloaded:
-        back = kept - sum(each.bytes for each in stays)
-        host = back + _offloaded_too(shapes, depth, mode)
-        return LayerBytes(kept - back, host, buffers(shapes, index) + host, moments, waiting, sent)
-    again = total(whole) - kept if mode.full else 0.0
-    return LayerBytes(kept, 0.0, buffers(shapes, index) + again, moments, waiting, sent)
+    kept, here = _sum(held), _sum(stays if mode.offloaded else held)
+    made = _made_at_all(whole, mode)
+    moe = shapes.model.is_moe_layer(index)
+    again = None if not mode.full else forward_bytes(shapes, whole) if moe else Forward(0.0, _sum(whole))
+    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again)
+    sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
+    host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
+    if moe:
+        first = unsaved_bytes(shapes, whole) if mode.full or mode.offloaded else forward_bytes(shapes, held)
+        forward, gathering = max(0.0, first.most - here), max(0.0, first.gathering - here)
+    else:
+        gathering = 0.0
+        forward = buffers(shapes) + (host if mode.offloaded else total(whole) - kept if mode.full else 0.0)
+    return LayerBytes(here, host, forward, moments, waiting, sent, gathering)
+
+
+def _sum(kept: Iterable[Kept]) -> float:
+    return sum(each.bytes for each in kept)
+
+
+def _stream(shapes: LayerShapes) -> float:
+    return shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
+
+
+def _sent_back(shapes: LayerShapes) -> float:
+    """Return the bytes of gradients on their way to the experts."""
+    return shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size)
 
 
 def _made_at_all(whole: Iterable[Kept], mode: LayerMode) -> tuple[Kept, ...]:
@@ -163,17 +182,6 @@ def expert_rows(shapes: LayerShapes) -> float:
     return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
 
 
-def buffers(shapes: LayerShapes, index: int) -> float:
-    """Return the bytes that exist only while a layer's forward sends tokens to experts: rows before they are sent and
-    as they arrive, before they are sorted by expert; or whole tokens of the expert group under `allgather`.
-    """
-    model, layout = shapes.model, shapes.layout
-    if not model.is_moe_layer(index):
-        return shapes.numbers.plain(shapes.whole, 2 * model.intermediate_size // layout.tp)
-    if layout.ep == 1:
-        return shapes.numbers.plain(expert_rows(shapes), model.hidden_size)
-    if shapes.traffic.dispatcher == "allgather":
-        return 2 * shapes.numbers.plain(shapes.own * layout.ep, model.hidden_size)
-    sent = shapes.own * model.num_experts_per_tok
-    across = shapes.own * shapes.traffic.nodes * 2 if shapes.traffic.dispatcher == "grouped" else 0
-    return shapes.numbers.plain(sent + expert_rows(shapes) + across, model.hidden_size)
+def buffers(shapes: LayerShapes) -> float:
+    """Return the bytes that exist only while the forward of a layer without routed experts runs."""
+    return shapes.numbers.plain(shapes.whole, 2 * shapes.model.intermediate_size // shapes.layout.tp)

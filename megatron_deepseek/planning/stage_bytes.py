@@ -69,6 +69,9 @@ def _forward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBy
     for index, each in zip(reversed(job.layers_of(stage)), reversed(layers)):
         gathered = weights.forward(index) if weights else 0.0
         found.append((each.forward + gathered - behind, gathered))
+        if weights and weights.layers[index].experts:
+            gathered = weights.gathering_experts(index)
+            found.append((each.gathering + gathered - behind, gathered))
         behind += each.kept
     return Running(*map(round, max(found)))
 
