@@ -144,9 +144,8 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, int]:
     course = list(_course_of_inputs(job, stage, layers))
     free = layers.beside + sum(each.kept for _, each in layers.each)
     waits = layers.waits + sum(each.waiting for _, each in layers.each)
-    inputs = {before: max(in_turn(each, (before, SUMMED), size, (False, False)) for each in course)
-              for before in (GATHERED, SUMMED)}
-    inputs[GATHERED] += gathers
+    inputs = {before: max(in_turn(each, (before, SUMMED), size, (False, False)) + (
+        gathers + each.gathered if before == GATHERED else 0) for each in course) for before in (GATHERED, SUMMED)}
     for before, after in ((GATHERED, BEGUN), (BEGUN, BEGUN), (SUMMED, SUMMED)):
         found[Turn("I", before, after)] = inputs[GATHERED if before == GATHERED else SUMMED]
     outer = size.sum * made_with_inputs(job, stage).count
@@ -161,15 +160,19 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, int]:
 
 
 def _course_of_inputs(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
-    """Yield the moments of a backward of the inputs."""
-    yield Instant(layers.loss)
+    """Yield the moments of a backward of the inputs; `gathered` is negative: weights of layers that it has not come to,
+    which are gathered in the first backward as it comes to them.
+    """
     free, waits, given, weights = layers.beside, layers.waits, layers.given, by_layer(job, stage)
+    missing = sum(weights.layers[index].all for index, _ in layers.each) if weights else 0.0
+    yield Instant(layers.loss, gathered=-missing)
     for index, layer in reversed(layers.each):
         if weights:
+            missing -= weights.layers[index].all
             again = weights.gathering_experts(index) - weights.outer - weights.layers[index].all
-            yield Instant(layer.sent + again + layers.head - free + waits - given)
+            yield Instant(layer.sent + again + layers.head - free + waits - given, gathered=-missing)
         for moment in layer.moments:
-            yield Instant(moment.bytes + layers.head - free + waits - given * moment.given)
+            yield Instant(moment.bytes + layers.head - free + waits - given * moment.given, gathered=-missing)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0
     outer = made_with_inputs(job, stage)
     yield Instant(waits - free, ending=outer, last=outer.dense / 2)

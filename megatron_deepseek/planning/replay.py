@@ -38,7 +38,7 @@ class StageBytes:
     def running(self, turn: Turn) -> int:
         """Return the bytes that a run has beside what stands before it; of a forward, weights that it gathers too."""
         if turn.kind == "F":
-            return self.forward + self.states[turn.after] - self.states[turn.before]
+            return self.in_turn.get(turn, self.forward) + self.states[turn.after] - self.states[turn.before]
         return self.in_turn.get(turn, self.weights if turn.kind == "W" else self.backward)
 
 

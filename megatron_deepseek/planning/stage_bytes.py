@@ -19,7 +19,16 @@ from megatron_deepseek.planning.layer_bytes import LayerBytes, layer_bytes
 from megatron_deepseek.planning.layer_shapes import LayerShapes
 from megatron_deepseek.planning.phases import BEFORE, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.stage_states import by_layer, sizes, states_of_phases, trained
+from megatron_deepseek.planning.stage_states import (
+    by_layer,
+    gathers_ahead,
+    part_of,
+    sizes,
+    states_of_phases,
+    trained,
+)
+from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
+from megatron_deepseek.planning.trained_weights import trained_weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     gradients.
     """
     indices = job.layers_of(stage)
-    layers = [layer_bytes(shapes, index, mode, job.splits_backwards)
+    layers = [layer_bytes(shapes, index, mode, job.splits_backwards, trained_weights(job.settings, index))
               for index, mode in zip(indices, job.modes_of(stage))]
     beside = sum(size for _, size in beside_layers(job, stage, shapes))
     kept = beside + sum(each.kept for each in layers)
@@ -53,9 +62,10 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     gathers = {turn: each.gathered for turn, each in made.items()}
     gathers |= dict.fromkeys((Turn("F", BEFORE, GATHERED), Turn("F", GATHERED, GATHERED), Turn("F", SUMMED, SUMMED)),
                              forward.gathered)
+    in_turn = {turn: each.bytes for turn, each in made.items()}
+    in_turn[Turn("F", BEFORE, GATHERED)] = max(forward.bytes, round(_first_forward(job, stage, layers, kept, beside)))
     replayed = StageBytes(kept, waiting, forward.bytes, states=states_of_phases(job, stage), gathers=gathers,
-                          in_turn={turn: each.bytes for turn, each in made.items()},
-                          **received_bytes(job, stage, shapes))
+                          in_turn=in_turn, **received_bytes(job, stage, shapes))
     return StageMemory(replayed, sum(each.host for each in layers))
 
 
@@ -76,17 +86,38 @@ def _forward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBy
     return Running(*map(round, max(found)))
 
 
+def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: float, beside: float) -> float:
+    """Return the bytes beside what the first forward keeps, and all gathered weights, when it has just gathered a unit
+    for the step: what all data ranks sent is there until it is unpacked. Where all weights are trained their gradients
+    take more later.
+    """
+    indices, ranks = job.layers_of(stage), data_ranks(job)
+    if by_layer(job, stage) or all(trained_weights(job.settings, index).all for index in indices):
+        return 0.0
+    units = [gathered_weights(job, [part_of(job, index)], outside=False) for index in indices]
+    again = [Divided(each.dense * (ranks[0] > 1), each.experts * (ranks[1] > 1)) for each in units]
+    if gathers_ahead(job):
+        return max((max(each.dense, each.experts) for each in again), default=0.0) - kept
+    found, missing, behind = [0.0], sum(each.all for each in units), kept - beside
+    for unit, twice, layer in zip(units, again, layers):
+        missing -= unit.dense
+        found.append(twice.dense - behind - missing)
+        behind, missing = behind - layer.kept, missing - unit.experts
+        found.append(twice.experts + layer.gathering - behind - missing)
+    return max(found)
+
+
 def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBytes], beside: float
                         ) -> Layers:
     part, chunk = job.stages[stage], chunk_of(shapes, job.settings.loss.loss_chunk_size)
     own = part.loss and job.engine.logit_bytes is None
-    head = trained(job, Stage(False, (), (), True)).dense if part.loss and (chunk or not job.splits_backwards) else 0
-    head *= sizes(job).gradient
+    of_head = trained(job, Stage(False, (), (), True)).dense if part.loss else 0
+    head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
     several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
     given = received_bytes(job, stage, shapes)["returning"]
     free = beside - output_bytes(job, stage, shapes)  # torch's stage holds its output until its backward has ended
     return Layers(tuple(zip(job.layers_of(stage), layers)), free, head_waiting(job, stage, shapes),
-                  head, head_backward(shapes, chunk) + several if own else 0.0, given)
+                  head, head_backward(shapes, chunk, of_head > 0) + several if own else 0.0, given)
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -118,7 +149,7 @@ def output_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
 
 def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
     """Return what the head's weight gradient waits with: its inputs, and without chunks the gradients of all logits."""
-    if not (job.stages[stage].loss and job.splits_backwards):
+    if not (job.stages[stage].loss and job.splits_backwards and trained(job, Stage(False, (), (), True)).dense):
         return 0.0
     width = job.model.hidden_size
     if chunk_of(shapes, job.settings.loss.loss_chunk_size) is None:
@@ -156,7 +187,7 @@ def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[
     """Yield (name, bytes) of what a micro-batch keeps on `stage`: layers of a kind together, and the rest."""
     found: dict[str, float] = defaultdict(float)
     for index, mode in zip(job.layers_of(stage), job.modes_of(stage)):
-        found[kind_of(job, index)] += layer_bytes(shapes, index, mode).kept
+        found[kind_of(job, index)] += layer_bytes(shapes, index, mode, False, trained_weights(job.settings, index)).kept
     for name, size in beside_layers(job, stage, shapes):
         found[name] += size
     yield from found.items()
