@@ -6,7 +6,7 @@ computed; from then on it is the input of the stage's first layer.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.activations import embedding, norm, total
@@ -28,7 +28,7 @@ from megatron_deepseek.planning.stage_states import (
     trained,
 )
 from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
-from megatron_deepseek.planning.trained_weights import trained_weights
+from megatron_deepseek.planning.trained_weights import Trained, trained_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     gradients.
     """
     indices = job.layers_of(stage)
-    layers = [layer_bytes(shapes, index, mode, job.splits_backwards, trained_weights(job.settings, index))
+    layers = [layer_bytes(shapes, index, mode, job.splits_backwards, _trained_of(job, stage, index, shapes))
               for index, mode in zip(indices, job.modes_of(stage))]
     beside = sum(size for _, size in beside_layers(job, stage, shapes))
     kept = beside + sum(each.kept for each in layers)
@@ -128,7 +128,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         yield "rows of the vocabulary", total(embedding(shapes))
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
-        if not shapes.gathers or model.num_nextn_predict_layers or not part.loss:
+        for_head = not part.loss or not shapes.gathers and _head_reads(job, shapes)
+        if for_head or model.num_nextn_predict_layers:
             yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
@@ -138,6 +139,20 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
     output = output_bytes(job, stage, shapes)
     if output:
         yield "output of the stage", output
+
+
+def _trained_of(job: Job, stage: int, index: int, shapes: LayerShapes) -> Trained:
+    """Return what is trained of a layer, and whether what the last MTP module gives to a head on its stage is kept."""
+    found = trained_weights(job.settings, index)
+    last = job.model.num_hidden_layers + job.model.num_nextn_predict_layers - 1
+    unread = index == last and job.stages[stage].loss and not _head_reads(job, shapes)
+    return replace(found, read=False) if unread else found
+
+
+def _head_reads(job: Job, shapes: LayerShapes) -> bool:
+    """Return whether the head keeps its input: for its weight's gradient, and by chunks in any case."""
+    chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
+    return chunk is not None or trained(job, Stage(False, (), (), True)).dense > 0
 
 
 def output_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
@@ -187,7 +202,8 @@ def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[
     """Yield (name, bytes) of what a micro-batch keeps on `stage`: layers of a kind together, and the rest."""
     found: dict[str, float] = defaultdict(float)
     for index, mode in zip(job.layers_of(stage), job.modes_of(stage)):
-        found[kind_of(job, index)] += layer_bytes(shapes, index, mode, False, trained_weights(job.settings, index)).kept
+        trains = _trained_of(job, stage, index, shapes)
+        found[kind_of(job, index)] += layer_bytes(shapes, index, mode, trained=trains).kept
     for name, size in beside_layers(job, stage, shapes):
         found[name] += size
     yield from found.items()

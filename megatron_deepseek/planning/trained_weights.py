@@ -32,6 +32,7 @@ INPUTS_OF = {
     "normed key-value latent": (VALUE,), "MLP's input": GATE_AND_UP, "MLP: hidden": DOWN, "router's input": (ROUTER,),
     "experts' rows": (EXPERTS_UP,), "experts: hidden": (EXPERTS_DOWN,), "MTP's joined input": (JOIN,),
 }
+_OUTPUT = f"{_ATTENTION}o_proj."
 _BEFORE_MLP = "input of the MLP's norm"
 
 
@@ -39,7 +40,7 @@ _BEFORE_MLP = "input of the MLP's norm"
 class Trained:
     """The weights of a layer that are trained, by their names in it, `all` of them or `weights`; those with an adapter;
     and whether what enters the layer has a gradient, the rows of the vocabulary of MTP (`embedding`) apart. `drops`:
-    adapters drop features of their inputs.
+    adapters drop features of their inputs. `read`: what the last layer gives to the head is kept for it.
     """
 
     all: bool = True
@@ -48,6 +49,7 @@ class Trained:
     entered: bool = True
     embedding: bool = True
     drops: bool = False
+    read: bool = True
 
     def gradients_of(self, *names: str) -> bool:
         """Return whether one of these weights, or its adapter, has a gradient."""
@@ -63,13 +65,14 @@ class Trained:
 
     @property
     def attends(self) -> bool:
-        """Return whether attention has a backward."""
-        return self.entered or self.any_of(_ATTENTION) or self.gradients_of("input_layernorm.weight")
+        """Return whether what attention is computed of has a gradient."""
+        return self.entered or self.any_of("input_layernorm") or self.all or any(
+            name.startswith(_ATTENTION) and not name.startswith(_OUTPUT) for name in (*self.weights, *self.adapted))
 
     @property
     def runs_back(self) -> bool:
         """Return whether the layer has a backward at all."""
-        return self.all or self.attends or bool(self.weights or self.adapted)
+        return self.all or self.entered or bool(self.weights or self.adapted)
 
 
 ALL = Trained()
@@ -104,33 +107,55 @@ def kept_of(trained: Trained, kept: Iterable[Kept], wide: float) -> tuple[Kept, 
     the router's input in float32.
     """
     kept = tuple(kept)
-    if trained.all:
+    if trained == ALL:
         return kept
     return tuple(_kept(trained, kept, wide))
 
 
 def _kept(trained: Trained, kept: tuple[Kept, ...], wide: float) -> Iterator[Kept]:
     names, attention = {each.name for each in kept}, True
-    second = trained.attends or trained.any_of("eh_proj") or trained.any_of("hnorm")
-    back = second or trained.gradients_of("post_attention_layernorm.weight") or trained.any_of(_MLP)
+    needed = _needed(trained)
     for each in kept:
         name = each.name
         attention = attention and name != _BEFORE_MLP
-        if name in ("input of the layer", "attention's norm: statistics"):
-            stays = trained.entered or trained.any_of("input_layernorm")
-        elif name == "MTP's embedding" or name == "MTP: embedding's norm: statistics":
-            stays = trained.embedding or trained.any_of("enorm")
-        elif name in INPUTS_OF:
-            readers = INPUTS_OF[name]
-            if name == "MLP's input" and "router's input" not in names and "router's scores" in names:
-                readers = (*readers, ROUTER)
-            stays = trained.gradients_of(*(reader for reader in readers if reader != ROUTER)) or ROUTER in readers and (
-                ROUTER in trained.weights)
-        elif attention:
-            stays = trained.attends
+        if name in INPUTS_OF:
+            stays = any(trained.gradients_of(reader) for reader in _readers(name, names) if reader != ROUTER) or (
+                ROUTER in _readers(name, names) and (trained.all or ROUTER in trained.weights))
+        elif name == "attention's output" and "attention's output as computed" in names:
+            stays = trained.gradients_of(OUTPUT)
+        elif name == "attention's output":
+            stays = trained.attends or trained.gradients_of(OUTPUT)
         else:
-            stays = back
+            stays = needed.get(name, needed["attention" if attention else "experts and MLP"])
         if stays:
             yield each
         if name == "router's scores" and trained.adapts(ROUTER):
             yield Kept("router's input in float32", wide)
+
+
+def _readers(name: str, names: set[str]) -> tuple[str, ...]:
+    """Return the weights for whose gradients an input is kept. With shared experts a router reads theirs."""
+    shares = name == "MLP's input" and "router's input" not in names and "router's scores" in names
+    return (*INPUTS_OF[name], ROUTER) if shares else INPUTS_OF[name]
+
+
+def _needed(trained: Trained) -> dict[str, bool]:
+    """Return whether what backwards read beside weights is kept, by name: where what it was made of has a gradient."""
+    normed = trained.entered or trained.any_of("input_layernorm")
+    joined = trained.gradients_of(JOIN) or trained.any_of("hnorm") or trained.any_of("enorm")
+    second = trained.attends or trained.any_of(_OUTPUT) or joined
+    normed_again = second or trained.any_of("post_attention_layernorm")
+    found = {"input of the layer": normed, "attention's norm: statistics": normed,
+             "MTP's embedding": trained.embedding or trained.any_of("enorm"),
+             "MTP: embedding's norm: statistics": trained.embedding or trained.any_of("enorm"),
+             _BEFORE_MLP: normed_again, "MLP's norm: statistics": normed_again,
+             "MLP: gate and up": normed_again or trained.gradients_of(*GATE_AND_UP),
+             "experts: gate and up": normed_again or trained.gradients_of(EXPERTS_UP),
+             "MTP's output": trained.read, "attention": trained.attends,
+             "experts and MLP": normed_again or trained.any_of(_MLP)}
+    for latent, norm, products in (("key-value", "kv_a_layernorm", ("kv_a_proj_with_mqa.weight",)),
+                                   ("query", "q_a_layernorm", ("q_a_proj.weight",))):
+        made = normed or trained.gradients_of(*(f"{_ATTENTION}{name}" for name in products))
+        stays = made or trained.any_of(f"{_ATTENTION}{norm}")
+        found |= {f"{latent} latent": stays, f"{latent} norm: statistics": stays}
+    return found
