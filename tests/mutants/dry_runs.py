@@ -36,6 +36,7 @@ DRY_RUNS = of(
     ("stage_bytes._first_forward", "    if gathers_ahead(job):\n", "    if False:\n"),
     ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
     ("head_backward", "    if not trained:\n", "    if False:\n"),
+    ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
     ("layer_moments", "more = again.most - ", "more = 0 * again.most - "),
 ) + of(
     FORWARDS,
