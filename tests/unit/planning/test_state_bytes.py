@@ -77,13 +77,14 @@ def test_one_process_by_hand():
 
 def test_adapters_alone_have_gradients_and_moments():
     """4 + 2 bytes of weights, 4 of sums of gradients and 8 of moments are left to them; the base is bfloat16 twice, as
-    it is kept and gathered, and routers are float32.
+    it is kept and gathered, and routers are float32, as their adapters are when they are gathered.
     """
     lora = settings("--model tiny --global-batch-size 4 --load base --lora-rank 4 --lora-target all router mtp", 1)
     adapters = sum(row.size for row in adapter_rows(lora.model, lora.lora))
     base = sum((4 if row.name.endswith("mlp.gate.weight") else 2) * row.size for row in parameters(lora.model)
                if row.trained)
-    assert fullest_states(lora).device == 2 * base + (4 + 2 + 4 + 8) * adapters
+    routers = sum(row.size for row in adapter_rows(lora.model, lora.lora) if ".mlp.gate." in row.name)
+    assert fullest_states(lora).device == 2 * base + (4 + 2 + 4 + 8) * adapters + 2 * routers
 
 
 @pytest.mark.parametrize("options, base", [
