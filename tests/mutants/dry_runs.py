@@ -14,6 +14,7 @@ IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
 FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
+KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
 
 DRY_RUNS = of(
@@ -45,6 +46,17 @@ DRY_RUNS = of(
 ) + of(
     PLAIN,
     ("plain_experts._dense", "out[0].copy_(weight.form.dense(weight.codes[0], weight.scales[0], dtype))", "pass"),
+) + of(
+    KNOWN,
+    ("KnownResults.of", "if not _makes_new_tensors(operator):", "if False:"),
+    ("KnownResults.of", "torch.get_default_dtype(), ", ""),
+    ("known_results._key", "return type(value), value", "return value"),
+    ("known_results._key", "value.shape, value.stride(), value.dtype", "value.shape, value.dtype"),
+    ("known_results._are_whole", "len(storages) == len(made) and ", ""),
+    ("known_results._are_whole", "not storages & of_arguments and ", ""),
+    ("known_results._are_whole", "== each.untyped_storage().nbytes() for each in made", "> 0 for each in made"),
+    ("known_results._form", "result.stride(), ", "torch.empty(result.shape, device='meta').stride(), "),
+    ("known_results._form", "type(result)(map", "list(map"),
 ) + of(
     REAL,
     ("_Keeps.wait", "self._running.discard(self)", "pass"),
