@@ -152,7 +152,7 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
 
 def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
     """Go back to the experts' ranks: gradients are sent, and sorted by expert. In FP8 tiles are sent, but not by
-    `allgather`, and plain rows are sorted, which are made of the tiles in float32.
+    `allgather`, and plain rows are sorted, which are made of the tiles: on a CPU in float32.
     """
     if not shapes.numbers.fp8 or shapes.layout.ep == 1 or shapes.traffic.dispatcher == "allgather":
         tape.make(got)
@@ -160,7 +160,7 @@ def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
         tape.make(got)
         tape.drop(got)
         return
-    wide = got / shapes.numbers.element * shapes.numbers.wide
+    wide = 0.0 if shapes.numbers.narrows_at_once else got / shapes.numbers.element * shapes.numbers.wide
     tape.make(tape.tiles(sent))
     tape.make(tape.tiles(got))
     tape.drop(tape.tiles(sent), sent)
@@ -182,10 +182,10 @@ def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> 
         _blocks(tape, shapes, keys, keys, values, numbers.plain(whole, both), keys)
         tape.product(None, 0.0, latent, model.kv_lora_rank * both)
     else:
-        _attend(tape, shapes, values, (keys, keys, values), model.qk_head_dim / model.v_head_dim)
+        beyond = _attend(tape, shapes, values, (keys, keys, values), model.qk_head_dim / model.v_head_dim)
         made = numbers.plain(whole, both)
         tape.make(made)
-        tape.drop(values, keys)
+        tape.drop(values, beyond, keys)
         tape.product("normed key-value latent", made, latent, model.kv_lora_rank * both)
     tape.make(keys)
     tape.drop(keys)
@@ -232,27 +232,31 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
 
 
 def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[float, float, float], wider: float
-            ) -> None:
+            ) -> float:
     """Go back through attention at once, from the gradient of its output to `gradients`, those of queries, keys and
-    values, which are there afterwards. `wider`: the keys' width over the values'.
+    values, which are there afterwards. `wider`: the keys' width over the values'. Return the bytes that the values'
+    gradient has beyond its own width.
 
-    The FP8 recipe (ops/fp8/attention.py) calls the kernel itself: with copies of the output, made of E5M6, and of its
-    gradient, with both and the values as wide as keys, and with room for its results, which are then copied.
+    The FP8 recipe (ops/fp8/attention.py) calls the kernel itself: with the output, made of E5M6; with copies of it, of
+    its gradient and of the values that are as wide as keys; and, within documents, with copies of the results.
     """
     tape.use("queries", "keys", "values", "attention's output")
+    beyond = 0.0
     if not shapes.numbers.fp8:
         tape.make(sum(gradients))
     else:
         values = gradients[-1] * wider
         padded = 2 * output * wider + values if wider != 1 else 0.0
-        tape.make(3 * output)
-        tape.drop(output)
         results = gradients[0] + gradients[1] + values
-        tape.make(sum(gradients) + padded + results)
-        tape.drop(padded + results, 2 * output)
+        tape.make(output)
+        tape.make(padded + results + (sum(gradients) if shapes.packed else 0.0))
+        tape.drop(padded, output)
+        beyond = 0.0 if shapes.packed else values - gradients[-1]
+        tape.drop(results if shapes.packed else 0.0)
     tape.drop(output)
     tape.free("queries", "keys", "values", "attention's output as computed")
     tape.free_unless_deferred("attention's output")
+    return beyond
 
 
 def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, width: int) -> None:

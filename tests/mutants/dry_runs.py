@@ -13,6 +13,7 @@ COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
 FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
+ENCODING = ("tests/unit/ops/fp8/test_fp8.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
 KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
@@ -82,10 +83,17 @@ DRY_RUNS = of(
     FP8_PEAKS,
     ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
     ("backward_tape._arrive", "tape.make(wide + got)", "tape.make(got)"),
-    ("backward_tape._attend", "+ padded + results)\n        tape.drop(padded", "+ results)\n        tape.drop(0.0"),
+    ("backward_tape._attend", "make(padded + results", "make(results"),
+    ("Numbers.narrows_at_once", "self.cuda and self.element < 4", "False"),
+    ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
+    ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
+    ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
     ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
     ("_layers_of_backward", "beside - output_bytes(job, stage, shapes)", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
+) + of(
+    ENCODING,
+    ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),
 ) + of(
     BYTE_TAPE,
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),
