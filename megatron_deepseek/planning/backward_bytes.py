@@ -11,7 +11,7 @@ from functools import cache
 from math import inf
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held
+from megatron_deepseek.planning.held_parameters import Held, together
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import (
@@ -77,15 +77,6 @@ class Layers:
     given: float
 
 
-def plus(one: Held, other: Held) -> Held:
-    """Return the sum of both."""
-    return Held(one.dense + other.dense, one.experts + other.experts)
-
-
-def _count(held: Held) -> int:
-    return held.dense + held.experts
-
-
 def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: tuple[bool, bool]) -> float:
     """Return the bytes of an instant beside what stood before the backward, if that is of the turn (before, after).
 
@@ -93,19 +84,20 @@ def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: 
     of routed experts does.
     """
     before, after = turn
-    done, ending = _count(instant.done), _count(instant.ending)
+    done, ending = instant.done.count, instant.ending.count
     if after == SUMMED:
         if before == SUMMED:
             return instant.bytes + size.gradient * ending
         converted = size.gradient * instant.last if ending and size.gradient < size.sum else 0
         return instant.bytes + size.sum * (done + ending) + converted
     summed = size.sum if before == SUMMED else 0
-    stays = instant.before.dense * buffers_stay[0] + instant.before.experts * buffers_stay[1]
-    found = instant.bytes - (summed + size.gathered) * done + size.of_reduced(instant.done)
+    buffer = instant.before.padded
+    stays = buffer.dense * buffers_stay[0] + buffer.experts * buffers_stay[1]
+    found = instant.bytes - summed * done - size.gathered * instant.done.padded.count + size.of_reduced(instant.done)
     if ending:
         each = summed or size.gradient
         copied = max(each * ending, each * instant.last + size.of_output(instant.ending))
-        return found + (size.whole - size.gathered - summed) * ending + copied
+        return found + copied - summed * ending + (size.whole - size.gathered) * instant.ending.padded.count
     return found + size.whole * stays
 
 
@@ -138,9 +130,9 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
                 before = NOTHING
             elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
-                last = min(_count(unit), _of_mlp(job, index)) if unit is dense else _count(unit)
+                last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
                 now = replace(now, ending=unit, last=last / 3)
-                done, before = plus(done, unit), unit
+                done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0
     outer, part = _outer(job, stage), job.stages[stage]
@@ -159,7 +151,7 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence
     every = weights.outer + sum(each.all for each in weights.layers.values()) if weights else 0.0
     free = layers.beside + sum(each.kept for _, each in layers.each)
     waits = layers.waits + sum(each.waiting for _, each in layers.each)
-    outer = size.sum * _count(made_with_inputs(job, stage))
+    outer = size.sum * made_with_inputs(job, stage).count
 
     @cache
     def inputs(first: bool, gathers: bool) -> list[Piece]:
@@ -218,10 +210,10 @@ def _made(job: Job, stage: int, first: bool, last: bool) -> float:
     first W then as sums, one after the other, and behind the last W beside the buffer that is reduced.
     """
     size, units = sizes(job), _units_of_stage(job, stage)
-    number = sum(map(_count, units)) - _count(made_with_inputs(job, stage))
+    number = sum(unit.count for unit in units) - made_with_inputs(job, stage).count
     most, summed = size.gradient * number, size.sum * number if first else 0
     if first:
-        most = max(most, summed + (size.gradient * _count(units[-1]) / 3 if size.gradient < size.sum else 0))
+        most = max(most, summed + (size.gradient * units[-1].count / 3 if size.gradient < size.sum else 0))
     if last:
         most = max(most, summed + _reducing(size, units))
     return most
@@ -231,9 +223,9 @@ def _reducing(size: Sizes, units: Sequence[Held]) -> float:
     """Return the most bytes beside a stage's weights and sums while its units are reduced, one after the other."""
     most, done = 0.0, NOTHING
     for unit in units:
-        gone = size.of_reduced(done) - (size.sum + size.gathered) * _count(done)
-        most = max(most, gone + (size.whole - size.gathered) * _count(unit))
-        done = plus(done, unit)
+        gone = size.of_reduced(done) - size.sum * done.count - size.gathered * done.padded.count
+        most = max(most, gone + (size.whole - size.gathered) * unit.padded.count)
+        done += unit
     return most
 
 
@@ -249,16 +241,18 @@ def _buffers_stay(job: Job) -> tuple[bool, bool]:
 def _units(job: Job, index: int) -> tuple[Held, Held]:
     """Return the trained parameters of a layer but for routed experts, and those of these."""
     held = trained(job, part_of(job, index))
-    outside = trained(job, Stage(True, (), (), False)).dense if index >= job.model.num_hidden_layers else 0
+    outside = trained(job, Stage(True, (), (), False)) if index >= job.model.num_hidden_layers else NOTHING
     last = job.model.num_hidden_layers - 1 == index
     norm = job.model.hidden_size if last else 0
-    return Held(max(0, held.dense - outside - norm), 0), Held(0, held.experts)
+    dense = Held(max(0, held.dense - outside.dense - norm), 0, held.dense_padding - outside.dense_padding)
+    return dense, Held(0, held.experts, 0, held.experts_padding)
 
 
 def _outer(job: Job, stage: int) -> Held:
     """Return the trained parameters of a stage that are in none of its layers."""
-    held, layers = trained(job, job.stages[stage]), [_units(job, index)[0] for index in job.layers_of(stage)]
-    return Held(held.dense - sum(map(_count, layers)), 0)
+    held = trained(job, job.stages[stage])
+    layers = together([_units(job, index)[0] for index in job.layers_of(stage)])
+    return Held(held.dense - layers.dense, 0, held.dense_padding - layers.dense_padding)
 
 
 def _units_of_stage(job: Job, stage: int) -> list[Held]:
@@ -267,8 +261,8 @@ def _units_of_stage(job: Job, stage: int) -> list[Held]:
 
 
 def _of_mlp(job: Job, index: int) -> int:
-    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank, where they are the layer's last
-    ones: an MTP module ends with a norm.
+    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank, where these are its last: an
+    MTP module ends with a norm.
     """
     model = job.model
     if index >= model.num_hidden_layers:

@@ -102,8 +102,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
 
 
 def input_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
-    """Return the bytes of what a stage received, if its first layer sends its own input to the host: torch's stage keeps
-    it beside the copy there.
+    """Return the bytes of what a stage received, if its first layer sends its own input to the host: torch's stage
+    keeps it beside the copy there.
     """
     offloads = bool(stage and job.stages[stage].layers) and job.modes_of(stage)[0].offloaded
     return received_bytes(job, stage, shapes)["arriving"] if offloads else 0.0

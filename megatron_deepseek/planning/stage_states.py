@@ -10,7 +10,7 @@ Other engines have the same all the time: theirs are with what stands (state_byt
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
@@ -53,11 +53,11 @@ class Sizes:
 
     def of_output(self, held: Held) -> float:
         """Return the bytes of what a reduction gives before anything is sent to the host."""
-        return held.dense * self.output[0] + held.experts * self.output[1]
+        return held.padded.dense * self.output[0] + held.padded.experts * self.output[1]
 
     def of_reduced(self, held: Held) -> float:
         """Return the bytes of reduced gradients."""
-        return held.dense * self.reduced[0] + held.experts * self.reduced[1]
+        return held.padded.dense * self.reduced[0] + held.padded.experts * self.reduced[1]
 
 
 def sizes(job: Job) -> Sizes:
@@ -83,7 +83,7 @@ def passing(job: Job, stage: int, phase: int) -> Passing:
         return Passing()
     part, size = [job.stages[stage]], sizes(job)
     if phase == REDUCED:
-        held = trained(job, job.stages[stage])
+        held = trained(job, job.stages[stage]).padded
         return Passing(reduced=Divided(held.dense * size.reduced[0], held.experts * size.reduced[1]))
     gathered = gathered_weights(job, part) if gathered_for_the_step(job) else Divided()
     if phase == BEFORE:
@@ -191,4 +191,4 @@ def made_with_inputs(job: Job, stage: int) -> Held:
     part = job.stages[stage]
     chunks = chunk_of(job.shapes(), job.settings.loss.loss_chunk_size) is not None
     outer = trained(job, Stage(bool(part.embedding or part.mtp), (), (), part.loss and chunks))
-    return Held(outer.dense, 0)
+    return replace(outer, experts=0, experts_padding=0)
