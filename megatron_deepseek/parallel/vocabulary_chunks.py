@@ -84,7 +84,7 @@ class _LogProbabilities(torch.autograd.Function):
         if slope_TH is not None:
             grad_x = torch.mul(slope_TH, grad_T.unsqueeze(-1), out=torch.empty_like(slope_TH))
         if ctx.needs_input_grad[1]:
-            make = partial(_weight_gradient, x_TH, ctx.weight, labels_T, ctx.first_id, max_T, sum_T, -grad_T,
+            make = partial(_weight_gradient, x_TH.detach(), ctx.weight, labels_T, ctx.first_id, max_T, sum_T, -grad_T,
                            ctx.chunk_size, ctx.functions)
             grad_weight = make() if ctx.defer is None else ctx.defer(ctx.weight, make)
         return grad_x, grad_weight, None, None, None, None, None, None

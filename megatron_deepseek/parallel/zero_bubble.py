@@ -6,7 +6,8 @@ where a stage uses a parameter twice (a head or embedding shared with MTP module
 their forward and collectives twice.
 
 Autograd nodes hold the weight itself and do not save it: what checkpointing's hooks return for a saved leaf is a copy
-that holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost.
+that holds the leaf's accumulator weakly, so that a gradient given to it after the graph has gone is lost. An input
+waits for W detached from its graph, which would hold what the stage received.
 
 A frozen weight defers nothing, and its input is not saved.
 """
@@ -93,7 +94,7 @@ class DeferringLinear(torch.autograd.Function):
     def backward(ctx, grad):
         weight = ctx.weight
         if ctx.needs_input_grad[1]:
-            (x,) = ctx.saved_tensors
+            x = ctx.saved_tensors[0].detach()
             ctx.deferred.defer(weight, lambda: multiply(grad.flatten(0, -2).t(), x.flatten(0, -2)))
         return by_weight(grad, weight) if ctx.needs_input_grad[0] else None, None, None
 
@@ -109,7 +110,7 @@ class _GroupedGemm(torch.autograd.Function):
     def backward(ctx, grad_RO):
         weight_EOI, grad_RO, counts_E = ctx.weight, grad_RO.contiguous(), ctx.counts_E
         if ctx.needs_input_grad[1]:
-            (x_RI,) = ctx.saved_tensors
+            x_RI = ctx.saved_tensors[0].detach()
             ctx.deferred.defer(weight_EOI, lambda: grouped_wgrad(grad_RO, x_RI, counts_E))
         grad_x = grouped_dgrad(grad_RO, weight_EOI, counts_E) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None

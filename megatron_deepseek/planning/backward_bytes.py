@@ -7,19 +7,35 @@ weights are gone. Where weight gradients are made apart units end in W, and all 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from math import inf
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held
+from megatron_deepseek.planning.held_parameters import Held, together
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
-from megatron_deepseek.planning.phases import BEGUN, FIRST, GATHERED, LAST, MIDDLE, ONLY, REDUCED, SUMMED, Turn
+from megatron_deepseek.planning.phases import (
+    BEGUN,
+    FIRST,
+    FREED_BY_FORWARDS,
+    FREED_SUMMED,
+    GATHERED,
+    KEPT,
+    LAST,
+    MIDDLE,
+    ONLY,
+    REDUCED,
+    SUMMED,
+    Turn,
+)
+from megatron_deepseek.planning.replay import Piece
 from megatron_deepseek.planning.stage_states import (
     NOTHING,
+    Gathered,
     Sizes,
     by_layer,
     made_with_inputs,
     part_of,
-    passing,
     sizes,
     trained,
 )
@@ -31,7 +47,8 @@ class Instant:
     """A moment of a backward. `bytes`: of activations and their gradients, less those of the kept ones that are free
     again, and of weight gradients in the layers' dtype. `done`: parameters of the units that have ended, the last one
     of them `before`. `ending`: those of a unit that ends now: `bytes` has none of its gradients, of which the last to
-    be added is of `last` parameters. `gathered`: bytes of weights that are gathered for the moment, beside all that.
+    be added, or copied to be reduced, is of `last` parameters. `gathered`: bytes of weights that are gathered for the
+    moment, beside all that. `piece`: how many exchanges have begun before; `waits`: the next one begins now.
     """
 
     bytes: float
@@ -40,14 +57,8 @@ class Instant:
     ending: Held = NOTHING
     last: float = 0.0
     gathered: float = 0.0
-
-
-@dataclass(frozen=True)
-class Running:
-    """Bytes that exist only while an act runs, `gathered` of them weights that are gathered layer by layer."""
-
-    bytes: int
-    gathered: int = 0
+    piece: int = 0
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,6 @@ class Layers:
     given: float
 
 
-def plus(one: Held, other: Held) -> Held:
-    """Return the sum of both."""
-    return Held(one.dense + other.dense, one.experts + other.experts)
-
-
-def _count(held: Held) -> int:
-    return held.dense + held.experts
-
-
 def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: tuple[bool, bool]) -> float:
     """Return the bytes of an instant beside what stood before the backward, if that is of the turn (before, after).
 
@@ -82,34 +84,29 @@ def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: 
     of routed experts does.
     """
     before, after = turn
-    done, ending = _count(instant.done), _count(instant.ending)
+    done, ending = instant.done.count, instant.ending.count
     if after == SUMMED:
         if before == SUMMED:
             return instant.bytes + size.gradient * ending
         converted = size.gradient * instant.last if ending and size.gradient < size.sum else 0
         return instant.bytes + size.sum * (done + ending) + converted
     summed = size.sum if before == SUMMED else 0
-    stays = instant.before.dense * buffers_stay[0] + instant.before.experts * buffers_stay[1]
-    found = instant.bytes - (summed + size.gathered) * done + size.of_reduced(instant.done)
+    buffer = instant.before.padded
+    stays = buffer.dense * buffers_stay[0] + buffer.experts * buffers_stay[1]
+    found = instant.bytes - summed * done - size.gathered * instant.done.padded.count + size.of_reduced(instant.done)
     if ending:
-        alone = size.gradient if not summed else 0
-        return found + (size.whole + alone - size.gathered) * ending
+        each = summed or size.gradient
+        copied = max(each * ending, each * instant.last + size.of_output(instant.ending))
+        return found + copied - summed * ending + (size.whole - size.gathered) * instant.ending.padded.count
     return found + size.whole * stays
 
 
-def backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
-    """Return the bytes that a stage's backwards take in each turn, beside what stands before them."""
-    if job.splits_backwards:
-        return {turn: Running(round(each)) for turn, each in split_backwards(job, stage, layers).items()}
-    return whole_backwards(job, stage, layers)
-
-
-def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
-    """Return the bytes of whole backwards in each turn, where they make weight gradients layer by layer."""
+def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
+    """Return the one piece of whole backwards in each turn, where they make weight gradients layer by layer."""
     size, stay = sizes(job), _buffers_stay(job)
     course = list(_course(job, stage, layers))
-    return {Turn("B", *turn): max((Running(round(in_turn(each, turn, size, stay) + each.gathered), round(each.gathered))
-                                   for each in course), key=lambda running: running.bytes)
+    return {Turn("B", *turn): [max(Piece(in_turn(each, turn, size, stay) + each.gathered, each.gathered)
+                                   for each in course).rounded]
             for turn in (FIRST, MIDDLE, LAST, ONLY)}
 
 
@@ -128,12 +125,14 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
             now = Instant(moment.bytes + made + layers.head - free - given * moment.given, done, before, gathered=(
-                weights.at(index, after, moment.experts_over, moment.ends) if weights else 0.0))
-            if moment.ends:
+                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0))
+            if moment.ends == "router":  # its own buffer is small
+                before = NOTHING
+            elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
-                last = min(_count(unit), _of_mlp(job, index)) if unit is dense else _count(unit)
+                last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
                 now = replace(now, ending=unit, last=last / 3)
-                done, before = plus(done, unit), unit
+                done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0
     outer, part = _outer(job, stage), job.stages[stage]
@@ -143,44 +142,67 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     yield Instant(-free, done, before, outer, outer.dense / 2)
 
 
-def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, int]:
-    """Return the bytes of backwards in each turn where weight gradients are made apart: I those of the inputs, W those
+def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
+    """Return the pieces of backwards in each turn where weight gradients are made apart: I those of the inputs, W those
     of the weights, B both, one after the other.
     """
-    size, found = sizes(job), {}
-    gathers = passing(job, stage, BEGUN).gathered.all - passing(job, stage, GATHERED).gathered.all
-    course = list(_course_of_inputs(job, stage, layers))
+    size, found, weights = sizes(job), {}, by_layer(job, stage)
+    course = list(_course_of_inputs(job, stage, layers, weights))
+    every = weights.outer + sum(each.all for each in weights.layers.values()) if weights else 0.0
     free = layers.beside + sum(each.kept for _, each in layers.each)
     waits = layers.waits + sum(each.waiting for _, each in layers.each)
-    inputs = {before: max(in_turn(each, (before, SUMMED), size, (False, False)) for each in course)
-              for before in (GATHERED, SUMMED)}
-    inputs[GATHERED] += gathers
-    for before, after in ((GATHERED, BEGUN), (BEGUN, BEGUN), (SUMMED, SUMMED)):
-        found[Turn("I", before, after)] = inputs[GATHERED if before == GATHERED else SUMMED]
-    outer = size.sum * _count(made_with_inputs(job, stage))
-    for turn in (FIRST, MIDDLE, LAST, ONLY, (BEGUN, SUMMED), (BEGUN, REDUCED)):
-        before, after = turn
-        made = _made(job, stage, before != SUMMED, after == REDUCED)
-        if before != GATHERED:
-            found[Turn("W", *turn)] = made - waits
-        begun, first = outer + gathers if before == GATHERED else 0, GATHERED if before == GATHERED else SUMMED
-        found[Turn("B", *turn)] = max(inputs[first], max(waits, made) + begun - free)
-    return {turn: round(size) for turn, size in found.items()}
+    outer = size.sum * made_with_inputs(job, stage).count
+
+    @cache
+    def inputs(first: bool, gathers: bool) -> list[Piece]:
+        return _pieces(course, (GATHERED if first else SUMMED, SUMMED), size, gathers)
+
+    for before in (GATHERED, BEGUN, SUMMED, *(KEPT if weights else ())):
+        first, gathers = before == GATHERED, weights is not None and before in FREED_BY_FORWARDS
+        pieces, gathered = inputs(first, gathers), every * gathers
+        found[Turn("I", before, max(KEPT.get(before, before), BEGUN))] = pieces
+        for after in (SUMMED, REDUCED):
+            made = _made(job, stage, KEPT.get(before, before) != SUMMED, after == REDUCED)
+            last = Piece(max(waits, made) + outer * first + gathered - free, gathered)
+            found[Turn("B", before, after)] = [*pieces[:-1], max(pieces[-1], last)]
+            if before != GATHERED:
+                freed = FREED_SUMMED if before in KEPT and after == SUMMED else after
+                found[Turn("W", before, freed)] = [Piece(made - waits)]
+    return {turn: [piece.rounded for piece in pieces] for turn, pieces in found.items()}
 
 
-def _course_of_inputs(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
-    """Yield the moments of a backward of the inputs."""
-    yield Instant(layers.loss)
-    free, waits, given, weights = layers.beside, layers.waits, layers.given, by_layer(job, stage)
-    for index, layer in reversed(layers.each):
+def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathers: bool) -> list[Piece]:
+    """Return the pieces of a backward of the inputs in a turn. `gathers`: its weights are not there before it."""
+    found = [Piece(-inf)] * (1 + max(each.piece for each in course))
+    for each in course:
+        gathered = each.gathered * gathers
+        there, piece = in_turn(each, turn, size, (False, False)) + gathered, found[each.piece]
+        if there > piece.most:
+            piece = piece._replace(most=there, weights=gathered)
+        found[each.piece] = piece._replace(left=there, weights_left=gathered) if each.waits else piece
+    return found
+
+
+def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | None) -> Iterator[Instant]:
+    """Yield the moments of a backward of the inputs. What it gathers stays."""
+    later, began, upwards = weights.outer if weights else 0.0, 0, [index for index, _ in reversed(layers.each)]
+    yield Instant(layers.loss, gathered=later)
+    free, waits, given = layers.beside, layers.waits, layers.given
+    for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
+        there, behind = layers.head - free + waits, began + layer.gathers_behind
         if weights:
-            again = weights.gathering_experts(index) - weights.outer - weights.layers[index].all
-            yield Instant(layer.sent + again + layers.head - free + waits)
+            beyond = later - weights.outer
+            yield Instant(there, gathered=beyond + weights.beginning(index), piece=began)
+            yield Instant(layer.sent + there, gathered=beyond + weights.gathering_experts(index), piece=behind)
         for moment in layer.moments:
-            yield Instant(moment.bytes + layers.head - free + waits - given * moment.given)
+            piece = began + moment.piece
+            gathered = beyond + weights.at(index, after, piece < behind, "") if weights else 0.0
+            yield Instant(moment.bytes + there - given * moment.given, gathered=gathered, piece=piece,
+                          waits=moment.waits)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0
+        began, later = began + layer.exchanges, later + (weights.layers[index].all if weights else 0.0)
     outer = made_with_inputs(job, stage)
-    yield Instant(waits - free, ending=outer, last=outer.dense / 2)
+    yield Instant(waits - free, ending=outer, last=outer.dense / 2, gathered=later, piece=began)
 
 
 def _made(job: Job, stage: int, first: bool, last: bool) -> float:
@@ -188,10 +210,10 @@ def _made(job: Job, stage: int, first: bool, last: bool) -> float:
     first W then as sums, one after the other, and behind the last W beside the buffer that is reduced.
     """
     size, units = sizes(job), _units_of_stage(job, stage)
-    number = sum(map(_count, units)) - _count(made_with_inputs(job, stage))
+    number = sum(unit.count for unit in units) - made_with_inputs(job, stage).count
     most, summed = size.gradient * number, size.sum * number if first else 0
     if first:
-        most = max(most, summed + (size.gradient * _count(units[-1]) / 3 if size.gradient < size.sum else 0))
+        most = max(most, summed + (size.gradient * units[-1].count / 3 if size.gradient < size.sum else 0))
     if last:
         most = max(most, summed + _reducing(size, units))
     return most
@@ -201,9 +223,9 @@ def _reducing(size: Sizes, units: Sequence[Held]) -> float:
     """Return the most bytes beside a stage's weights and sums while its units are reduced, one after the other."""
     most, done = 0.0, NOTHING
     for unit in units:
-        gone = size.of_reduced(done) - (size.sum + size.gathered) * _count(done)
-        most = max(most, gone + (size.whole - size.gathered) * _count(unit))
-        done = plus(done, unit)
+        gone = size.of_reduced(done) - size.sum * done.count - size.gathered * done.padded.count
+        most = max(most, gone + (size.whole - size.gathered) * unit.padded.count)
+        done += unit
     return most
 
 
@@ -219,16 +241,18 @@ def _buffers_stay(job: Job) -> tuple[bool, bool]:
 def _units(job: Job, index: int) -> tuple[Held, Held]:
     """Return the trained parameters of a layer but for routed experts, and those of these."""
     held = trained(job, part_of(job, index))
-    outside = trained(job, Stage(True, (), (), False)).dense if index >= job.model.num_hidden_layers else 0
+    outside = trained(job, Stage(True, (), (), False)) if index >= job.model.num_hidden_layers else NOTHING
     last = job.model.num_hidden_layers - 1 == index
     norm = job.model.hidden_size if last else 0
-    return Held(max(0, held.dense - outside - norm), 0), Held(0, held.experts)
+    dense = Held(max(0, held.dense - outside.dense - norm), 0, held.dense_padding - outside.dense_padding)
+    return dense, Held(0, held.experts, 0, held.experts_padding)
 
 
 def _outer(job: Job, stage: int) -> Held:
     """Return the trained parameters of a stage that are in none of its layers."""
-    held, layers = trained(job, job.stages[stage]), [_units(job, index)[0] for index in job.layers_of(stage)]
-    return Held(held.dense - sum(map(_count, layers)), 0)
+    held = trained(job, job.stages[stage])
+    layers = together([_units(job, index)[0] for index in job.layers_of(stage)])
+    return Held(held.dense - layers.dense, 0, held.dense_padding - layers.dense_padding)
 
 
 def _units_of_stage(job: Job, stage: int) -> list[Held]:
@@ -237,8 +261,12 @@ def _units_of_stage(job: Job, stage: int) -> list[Held]:
 
 
 def _of_mlp(job: Job, index: int) -> int:
-    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank."""
+    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank, where these are its last: an
+    MTP module ends with a norm.
+    """
     model = job.model
+    if index >= model.num_hidden_layers:
+        return 0
     width = model.n_shared_experts * model.moe_intermediate_size if model.is_moe_layer(index) else \
         model.intermediate_size
     return 3 * model.hidden_size * width // job.layout.tp

@@ -8,7 +8,7 @@ out. `docs/dry_run.md` says how it is compared with the code itself.
 from collections.abc import Iterable
 
 from megatron_deepseek.planning.byte_tape import Backward, Tape
-from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.layer_shapes import OF_EXPERTS, Kept, LayerShapes
 
 
 def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], there: Iterable[Kept], deferred: bool,
@@ -21,7 +21,11 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again_at_once:
-        tape.use(*(each.name for each in whole))
+        own = [each.name for each in whole if each.name.startswith(OF_EXPERTS)]
+        tape.use(*(each.name for each in whole if each.name not in own))
+        tape.exchange(shapes.traffic.exchanges.out if own else 0)
+        tape.use(*own)
+        tape.exchange(shapes.traffic.exchanges.back if own else 0)
     mtp = index >= model.num_hidden_layers
     if mtp:
         tape.use("input of MTP's last norm")
@@ -50,7 +54,7 @@ def _peaks(moments: list[Backward]) -> tuple[Backward, ...]:
     """Return the moments that can be the highest: of those with the same weight gradients the one with most bytes."""
     best: dict[tuple, Backward] = {}
     for each in moments:
-        key = each.dense, each.experts, each.given, each.ends, each.experts_over
+        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits
         if key not in best or each.bytes > best[key].bytes:
             best[key] = each
     return tuple(best.values())
@@ -135,6 +139,7 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
         tape.make(got)
         tape.drop(got)
         tape.make(sent)
+        tape.exchange(shapes.traffic.exchanges.home)
         tape.drop(got)
     tape.make(numbers.plain(own * model.num_experts_per_tok, h))
     tape.make(token)
@@ -146,6 +151,8 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.make(wide + token)
     tape.free("router's input")
     tape.drop(wide)
+    if numbers.element < numbers.wide:  # in full precision routers belong to their layer's unit (model/build.py)
+        tape.end("router")
     tape.make(stream)
     tape.drop(2 * token, *([stream] if model.n_shared_experts else []))
 
@@ -156,6 +163,7 @@ def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
     """
     if not shapes.numbers.fp8 or shapes.layout.ep == 1 or shapes.traffic.dispatcher == "allgather":
         tape.make(got)
+        tape.exchange(shapes.traffic.exchanges.to_experts)
         tape.drop(sent)
         tape.make(got)
         tape.drop(got)
@@ -163,6 +171,7 @@ def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
     wide = 0.0 if shapes.numbers.narrows_at_once else got / shapes.numbers.element * shapes.numbers.wide
     tape.make(tape.tiles(sent))
     tape.make(tape.tiles(got))
+    tape.exchange(shapes.traffic.exchanges.to_experts)
     tape.drop(tape.tiles(sent), sent)
     tape.make(wide + got)
     tape.drop(wide)

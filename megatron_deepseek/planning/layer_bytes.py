@@ -4,14 +4,14 @@ A search chooses a mode for every layer; the arguments of a run give one to all 
 first ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
-from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.layer_shapes import OF_EXPERTS, Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -30,7 +30,8 @@ class LayerMode:
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
     exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
-    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered.
+    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
+    behind `gathers_behind` exchanges. `of_experts` is what a forward has not made yet when it sends rows to experts.
     """
 
     kept: float
@@ -39,6 +40,13 @@ class LayerBytes:
     moments: tuple[Backward, ...]
     waiting: float
     sent: float
+    gathers_behind: int = 0
+    of_experts: float = 0.0
+
+    @property
+    def exchanges(self) -> int:
+        """Return how many exchanges a backward begins."""
+        return max(each.piece for each in self.moments)
 
     @property
     def backward(self) -> float:
@@ -83,12 +91,26 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool) -
                             mode.full)
     experts = shapes.model.is_moe_layer(index)
     sent = shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size) if experts else 0.0
+    exchanges = shapes.traffic.exchanges
+    behind = (exchanges.out if mode.full else exchanges.to_experts) if experts else 0
+    made = whole if mode.full or mode.offloaded else held
+    of_experts = sum(each.bytes for each in made if each.name.startswith(OF_EXPERTS))
+    of_experts += slice_buffers(shapes) if experts else 0.0
     if mode.offloaded:
         back = kept - sum(each.bytes for each in stays)
         host = back + _offloaded_too(shapes, depth, mode)
-        return LayerBytes(kept - back, host, buffers(shapes, index) + host, moments, waiting, sent)
-    again = total(whole) - kept if mode.full else 0.0
-    return LayerBytes(kept, 0.0, buffers(shapes, index) + again, moments, waiting, sent)
+        return LayerBytes(kept - back, host, buffers(shapes, index) + host, moments, waiting, sent, behind, of_experts)
+    forward = _freed_again(shapes, index, whole) if mode.full else buffers(shapes, index)
+    return LayerBytes(kept, 0.0, forward, moments, waiting, sent, behind, of_experts)
+
+
+def _freed_again(shapes: LayerShapes, index: int, whole: Sequence[Kept]) -> float:
+    """Return the most bytes at once in the forward of a layer that keeps only its inputs: of its attention, or of its
+    MLP, since what the one has made is free when the other runs.
+    """
+    begins = [each.name for each in whole].index("input of the MLP's norm")
+    attention, mlp = total(whole[:begins]) - total(inputs(shapes, whole[:begins])), total(whole[begins:])
+    return max(attention, mlp + buffers(shapes, index))
 
 
 def _made_at_all(whole: Iterable[Kept], mode: LayerMode) -> tuple[Kept, ...]:
@@ -170,10 +192,20 @@ def buffers(shapes: LayerShapes, index: int) -> float:
     model, layout = shapes.model, shapes.layout
     if not model.is_moe_layer(index):
         return shapes.numbers.plain(shapes.whole, 2 * model.intermediate_size // layout.tp)
+    rows, of_slices = expert_rows(shapes), slice_buffers(shapes)
     if layout.ep == 1:
-        return shapes.numbers.plain(expert_rows(shapes), model.hidden_size)
+        return of_slices or shapes.numbers.plain(rows, model.hidden_size)
     if shapes.traffic.dispatcher == "allgather":
-        return 2 * shapes.numbers.plain(shapes.own * layout.ep, model.hidden_size)
+        return shapes.numbers.plain(2 * shapes.own * layout.ep, model.hidden_size) + of_slices
     sent = shapes.own * model.num_experts_per_tok
     across = shapes.own * shapes.traffic.nodes * 2 if shapes.traffic.dispatcher == "grouped" else 0
-    return shapes.numbers.plain(sent + expert_rows(shapes) + across, model.hidden_size)
+    return shapes.numbers.plain(sent + rows / layout.etp + across, model.hidden_size) + of_slices
+
+
+def slice_buffers(shapes: LayerShapes) -> float:
+    """Return the bytes that exist only while experts that are cut into slices run (parallel/expert_tensor.py), beside
+    the rows that a slice reads: a rank's own rows before they are gathered, those of all ranks as they are gathered,
+    their results in the same order, the sum that comes back, and this as it leaves.
+    """
+    etp = shapes.layout.etp
+    return shapes.numbers.plain((2 + 3 / etp) * expert_rows(shapes), shapes.model.hidden_size) if etp > 1 else 0.0

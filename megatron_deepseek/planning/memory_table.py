@@ -51,7 +51,7 @@ def memory_parts(job: Job, pp_rank: int, memory: RankMemory | None = None) -> It
         yield Part("weights", weights, host)
     else:
         dense, experts = data_ranks(job)
-        base = base_bytes(job, [job.stages[stage] for stage in job.held(pp_rank)])
+        base = base_bytes(job, [job.stages[stage] for stage in job.held(pp_rank)]).padded
         of_base = base.dense / dense + base.experts / experts
         form = settings.base.form if settings.base else "bf16" if settings.run.bf16 else "fp32"
         yield Part(f"base weights, {form}", of_base, host)

@@ -11,6 +11,9 @@ never add up on a device. With optim_grads_params weights are gathered for the e
 micro-batch begins and ends with, and two layers: the one in use and the next, but for routed experts. A frozen weight
 beside adapters takes what it is kept as, and as much when it is gathered.
 
+Where data ranks do not divide a parameter's rows evenly, what is counted is the first rank's part, which is as large as
+any, and of gathered weights that of all ranks.
+
 tests/parallel/test_state_memory.py counts all of it through steps of several layouts.
 """
 
@@ -155,9 +158,9 @@ def _ours(job: Job, held: Held, pp_rank: int) -> StateParts:
     stages = [job.stages[stage] for stage in job.held(pp_rank)]
     trained = _trained(settings, held, job, stages)
     return StateParts(
-        weights=_of(held, engine.master / dense, engine.master / experts),
+        weights=_of(held.padded, engine.master / dense, engine.master / experts),
         gathered=_gathered(job, stages), **_gradients(job, trained),
-        optimizer=_of(trained, moments / dense, moments / experts),
+        optimizer=_of(trained.padded, moments / dense, moments / experts),
         on_host=settings.offload.optimizer_cpu_offload)
 
 
@@ -169,7 +172,7 @@ def _gradients(job: Job, trained: Held) -> dict[str, Divided]:
     (dense, experts), engine = data_ranks(job), job.engine
     sums = engine.gradient if job.micro_batches > 1 or job.splits_backwards else 0
     reduced = engine.reduced if not sums or job.settings.offload.optimizer_cpu_offload else 0
-    return {"gradients": _of(trained, sums, sums), "reduced": _of(trained, reduced / dense, reduced / experts)}
+    return {"gradients": _of(trained, sums, sums), "reduced": _of(trained.padded, reduced / dense, reduced / experts)}
 
 
 def _trained(settings: Settings, held: Held, job: Job, stages: Sequence[Stage]) -> Held:
@@ -183,11 +186,13 @@ def adapter_parts(job: Job, pp_rank: int) -> StateParts:
     optimizer, stages = job.settings.optimizer, [job.stages[stage] for stage in job.held(pp_rank)]
     dense, experts = data_ranks(job)
     moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    base, adapters = base_bytes(job, stages), held_adapters(job.model, job.layout, stages, job.settings.lora)
+    base = base_bytes(job, stages).padded
+    trained = held_adapters(job.model, job.layout, stages, job.settings.lora)
+    adapters = trained.padded
     return StateParts(
         weights=Divided((base.dense + _MASTER * adapters.dense) / dense,
                         (base.experts + _MASTER * adapters.experts) / experts),
-        gathered=_gathered(job, stages), **_gradients(job, adapters),
+        gathered=_gathered(job, stages), **_gradients(job, trained),
         optimizer=_of(adapters, moments / dense, moments / experts),
         on_host=job.settings.offload.optimizer_cpu_offload)
 
@@ -212,7 +217,7 @@ def _gathered(job: Job, stages: Sequence[Stage]) -> Divided:
     """
     if gathered_for_the_step(job):
         return gathered_weights(job, stages)
-    outside, experts = held_outside(job.model, job.layout, stages, _kept(job)), 2 if job.frozen_base else 1
+    outside, experts = held_outside(job.model, job.layout, stages, _kept(job)).padded.dense, 2 if job.frozen_base else 1
     most = Divided()
     for units in ([gathered_weights(job, [layer], outside=False) for layer in layers_of([stage])] for stage in stages):
         for one, two in zip(units, [*units[1:], Divided()]):
@@ -228,11 +233,11 @@ def gathered_for_the_step(job: Job) -> bool:
 
 def gathered_weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:
     """Return the bytes of the gathered weights of `stages`, with or without those that are in none of the layers."""
-    base, element = base_bytes(job, stages), job.numbers.element
-    dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, _kept(job)))
+    base, element = base_bytes(job, stages).padded, job.numbers.element
+    dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, _kept(job)).padded.dense)
     if job.settings.lora is None:
         return Divided(dense, base.experts)
-    adapters = held_adapters(job.model, job.layout, stages, job.settings.lora)
+    adapters = held_adapters(job.model, job.layout, stages, job.settings.lora).padded
     return Divided(dense + element * adapters.dense, base.experts + element * adapters.experts)
 
 

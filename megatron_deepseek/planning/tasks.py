@@ -71,7 +71,8 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
     found = {"rollout engine: weights": 2 * model.main_parameters() / task.rollout_ranks,
              "rollout engine: cache": tokens * cache_bytes_of_token(model) / task.rollout_ranks}
     if task.reference:
-        found["reference policy"] = 2 * (held.dense / dense + held.experts / experts)
+        part = held.padded
+        found["reference policy"] = 2 * (part.dense / dense + part.experts / experts)
     return found
 
 

@@ -17,8 +17,14 @@ ENCODING = ("tests/unit/ops/fp8/test_fp8.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
 KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
+STATES = ("tests/unit/planning/test_state_bytes.py",)
 
 DRY_RUNS = of(
+    STATES,
+    ("_Ranks.missing", "-shape[0] %", "0 *"),
+    ("_Ranks.missing", "* prod(shape[1:])", ""),
+    ("_Ranks.missing", 'row.mesh == "expert"', "0"),
+) + of(
     ROUTES,
     ("routing.shares", "1 / rank for rank", "1 / rank**2 for rank"),
     ("routing.divide", "room = [i for i in order if counts[i] < most][:missing]", "room = order[:missing]"),

@@ -39,10 +39,10 @@ FROZEN = of(
      "if False:"),
 ) + of(
     UNIT,
-    ("DeferringLinear.backward", "        if ctx.needs_input_grad[1]:\n            (x,)",
-     "        if True:\n            (x,)"),
-    ("zero_bubble._GroupedGemm.backward", "        if ctx.needs_input_grad[1]:\n            (x_RI,)",
-     "        if True:\n            (x_RI,)"),
+    ("DeferringLinear.backward", "        if ctx.needs_input_grad[1]:\n            x =",
+     "        if True:\n            x ="),
+    ("zero_bubble._GroupedGemm.backward", "        if ctx.needs_input_grad[1]:\n            x_RI =",
+     "        if True:\n            x_RI ="),
 ) + of(
     UNIT,
     ("recipe._Multiply.forward", "gemm.keep(x, tiles) if weight.requires_grad else ()", "gemm.keep(x, tiles)"),
