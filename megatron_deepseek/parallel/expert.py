@@ -161,17 +161,20 @@ def run_experts(rows_RH: torch.Tensor, counts: RowCounts, experts: Experts, exch
                 to_experts: Encode = unchanged, keys_R: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Send rows, sorted by the group's experts, to their experts' ranks and return the results in the same order, and
     how many of the rows were sent to other nodes. Keys are sent with their rows.
+
+    Nothing here holds rows that have been sent or sorted: `rows_RH` are freed while experts compute if no caller has
+    them either.
     """
     local = len(counts.outgoing_E) // exchange.group.size()
     sent = [sum(counts.outgoing_E[start:start + local]) for start in range(0, len(counts.outgoing_E), local)]
     received = [sum(of_rank) for of_rank in counts.incoming_re]
-    rows_QH = exchange(rows_RH, sent, received)
     order_Q = _group_by_expert(send(counts.incoming_re, rows_RH.device), sum(received))
     inverse_Q = invert(order_Q)
     keys_Q = None if keys_R is None else exchange(keys_R, sent, received)[order_Q]
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), counts.shared_se, keys_Q)
-    results_QH = permute(results_QH, inverse_Q, order_Q)
-    return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
+    rows_RH = exchange(rows_RH, sent, received)
+    rows_RH = permute(rows_RH, order_Q, inverse_Q)
+    rows_RH = permute(experts(rows_RH, counts.shared_se, keys_Q), inverse_Q, order_Q)
+    return exchange(rows_RH, received, sent, to_experts), exchange.cross_node_sends(sent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +198,12 @@ class AllToAllDispatcher:
                  keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         counts_E, *others = route.read()
         copies = route.choices.cut(counts_E)
-        rows_RH, keys_R, cross_node_sends = copy_rows(x_TH, copies), copy_keys(keys_T, copies), 0
+        keys_R, cross_node_sends = copy_keys(keys_T, copies), 0
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, *others, keys_R)
+            rows_RH = experts(copy_rows(x_TH, copies), *others, keys_R)
         else:
-            rows_RH, cross_node_sends = run_experts(rows_RH, RowCounts(counts_E, *others), experts, self._exchange,
-                                                    self.to_experts, keys_R)
+            rows_RH, cross_node_sends = run_experts(copy_rows(x_TH, copies), RowCounts(counts_E, *others), experts,
+                                                    self._exchange, self.to_experts, keys_R)
         return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
     @property

@@ -75,9 +75,9 @@ def _norm(tape: Tape, stream: float, source: str) -> None:
 
 
 def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: float, experts: bool = False,
-          received: bool = False) -> None:
+          received: bool = False, as_tiles: bool = False) -> None:
     """Go back through the product behind SwiGLU, and SwiGLU, to the gradients of gate and up. FP8 makes those as tiles,
-    and SwiGLU's output again.
+    and SwiGLU's output again. `as_tiles`: the gradient is there in 1x128 tiles alone.
     """
     source, tiles, of_gradient = f"{name}: gate and up", tape.tiles(hidden), tape.tiles(gradient)
     if not tiles:
@@ -88,11 +88,11 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         tape.free(source)
         return
     tape.use(source)
-    for made in (2 * of_gradient, hidden, 4 * tiles, tiles):
+    for made in (of_gradient if as_tiles else 2 * of_gradient, hidden, 4 * tiles, tiles):
         tape.make(made)
     tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
     tape.free(source)
-    tape.drop(hidden, 0.0 if received else gradient)
+    tape.drop(hidden, 0.0 if received or as_tiles else gradient)
 
 
 def _mlp(tape: Tape, shapes: LayerShapes, width: int, stream: float) -> None:
@@ -127,9 +127,11 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
         tape.drop(tape.size_of(joined))
         tape.free(joined)
     tape.make(sent)
+    # FP8's gradients travel as tiles, and stay such to the product, but with `allgather`.
+    as_tiles = numbers.fp8 and layout.ep > 1 and shapes.traffic.dispatcher != "allgather"
     if layout.ep > 1 or layout.etp > 1:
-        _arrive(tape, shapes, sent, got)
-    _down(tape, "experts", got, hidden, of_expert / 3, experts=True)
+        _arrive(tape, sent, got, as_tiles)
+    _down(tape, "experts", got, hidden, of_expert / 3, experts=True, as_tiles=as_tiles)
     if not numbers.fp8:
         tape.make(2 * hidden)
         tape.drop(2 * hidden)
@@ -157,26 +159,15 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(2 * token, *([stream] if model.n_shared_experts else []))
 
 
-def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
-    """Go back to the experts' ranks: gradients are sent, and sorted by expert. In FP8 tiles are sent, but not by
-    `allgather`, and plain rows are sorted, which are made of the tiles: on a CPU in float32.
-    """
-    if not shapes.numbers.fp8 or shapes.layout.ep == 1 or shapes.traffic.dispatcher == "allgather":
-        tape.make(got)
-        tape.exchange(shapes.traffic.exchanges.to_experts)
-        tape.drop(sent)
-        tape.make(got)
-        tape.drop(got)
-        return
-    wide = 0.0 if shapes.numbers.narrows_at_once else got / shapes.numbers.element * shapes.numbers.wide
-    tape.make(tape.tiles(sent))
-    tape.make(tape.tiles(got))
-    tape.exchange(shapes.traffic.exchanges.to_experts)
-    tape.drop(tape.tiles(sent), sent)
-    tape.make(wide + got)
-    tape.drop(wide)
-    tape.make(got)
-    tape.drop(got, tape.tiles(got))
+def _arrive(tape: Tape, sent: float, got: float, as_tiles: bool) -> None:
+    """Go back to the experts' ranks: gradients are sent, and sorted by expert."""
+    if as_tiles:
+        tape.make(tape.tiles(sent))
+    arrived = tape.tiles(got) if as_tiles else got
+    tape.make(arrived)
+    tape.drop(sent, tape.tiles(sent) if as_tiles else 0.0)
+    tape.make(arrived)
+    tape.drop(arrived)
 
 
 def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> None:

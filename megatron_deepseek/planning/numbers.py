@@ -26,11 +26,6 @@ class Numbers:
         return max(4, self.element)
 
     @property
-    def narrows_at_once(self) -> bool:
-        """Return whether tiles become rows without float32 ones on the way (encoding.py: `dequantize_1x128`)."""
-        return self.cuda and self.element < 4
-
-    @property
     def index(self) -> int:
         """Return the bytes of the place of a token's copy: csrc/ has them as int32."""
         return INDEX // 2 if self.cuda else INDEX

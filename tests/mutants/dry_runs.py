@@ -88,9 +88,9 @@ DRY_RUNS = of(
 ) + of(
     FP8_PEAKS,
     ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
-    ("backward_tape._arrive", "tape.make(wide + got)", "tape.make(got)"),
+    ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
     ("backward_tape._attend", "make(padded + results", "make(results"),
-    ("Numbers.narrows_at_once", "self.cuda and self.element < 4", "False"),
+    ("backward_tape._down", "of_gradient if as_tiles else 2 * of_gradient", "2 * of_gradient"),
     ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
     ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
     ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
