@@ -13,6 +13,7 @@ from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import BEFORE, BEGUN, FREED, FREED_BY_FORWARDS, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import Piece
 from megatron_deepseek.planning.stage_states import Gathered, by_layer, passing
+from megatron_deepseek.planning.state_bytes import Divided
 
 
 class _Instant(NamedTuple):
@@ -66,17 +67,17 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
     behind, outer = beside + sum(each.kept for _, each in layers), weights.outer if weights else 0.0
     for index, layer in layers:
         behind -= layer.kept
-        own, there = weights.layers[index] if weights else None, layer.forward - behind
-        if exchanges.out and job.model.is_moe_layer(index):
-            dense = outer + own.dense if own else 0.0
+        own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
+        if moe:
             for _ in range(exchanges.out):
-                yield _Instant(there - layer.of_experts, dense, freed, began, True)
+                yield _Instant(layer.gathering - behind, outer + own.dense, freed, began, True)
                 began += 1
-        yield _Instant(there, weights.forward(index) if weights else 0.0, freed, began)
-        if exchanges.out and job.model.is_moe_layer(index):
-            for _ in range(exchanges.back):
-                yield _Instant(there, dense, freed + (own.experts if own else 0.0), began, True)
-                began += 1
-        freed += own.all if own else 0.0
+            if weights:
+                yield _Instant(layer.gathering - behind, weights.gathering_experts(index), freed, began)
+        yield _Instant(layer.forward - behind, weights.forward(index) if weights else 0.0, freed, began)
+        for _ in range(exchanges.back if moe else 0):
+            yield _Instant(layer.forward - behind, outer + own.dense, freed + own.experts, began, True)
+            began += 1
+        freed += own.all
     yield _Instant(head, outer, freed, began)
     yield _Instant(0.0, outer, freed + outer, began)
