@@ -120,7 +120,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
         dense, experts = _units(job, index)
         if weights:
             yield Instant(layers.head - free, done, before, gathered=weights.beginning(index))
-            yield Instant(layer.sent + layers.head - free, done, before,
+            yield Instant(layer.sent + layers.head - free - given, done, before,
                           gathered=weights.gathering_experts(index))
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
@@ -193,7 +193,7 @@ def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | 
         if weights:
             beyond = later - weights.outer
             yield Instant(there, gathered=beyond + weights.beginning(index), piece=began)
-            yield Instant(layer.sent + there, gathered=beyond + weights.gathering_experts(index), piece=behind)
+            yield Instant(layer.sent + there - given, gathered=beyond + weights.gathering_experts(index), piece=behind)
         for moment in layer.moments:
             piece = began + moment.piece
             gathered = beyond + weights.at(index, after, piece < behind, "") if weights else 0.0

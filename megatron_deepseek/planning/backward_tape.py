@@ -8,24 +8,28 @@ out. `docs/dry_run.md` says how it is compared with the code itself.
 from collections.abc import Iterable
 
 from megatron_deepseek.planning.byte_tape import Backward, Tape
-from megatron_deepseek.planning.layer_shapes import OF_EXPERTS, Kept, LayerShapes
+from megatron_deepseek.planning.forward_bytes import Forward
+from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 
 
 def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], there: Iterable[Kept], deferred: bool,
-                  again_at_once: bool) -> tuple[Backward, ...]:
+                  again: Forward | None) -> tuple[Backward, ...]:
     """Return the moments of the backward of layer `index`, which keeps `there` of `whole` on the device.
 
-    `deferred`: weight gradients are made apart; `again_at_once`: the layer runs again as a whole.
+    `deferred`: weight gradients are made apart; `again`: what the layer has made while it runs again as a whole, None
+    if it does not.
     """
+    there = list(there)
     tape = Tape(whole, there, deferred, shapes.numbers)
     model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
-    if again_at_once:
-        own = [each.name for each in whole if each.name.startswith(OF_EXPERTS)]
-        tape.use(*(each.name for each in whole if each.name not in own))
-        tape.exchange(shapes.traffic.exchanges.out if own else 0)
-        tape.use(*own)
-        tape.exchange(shapes.traffic.exchanges.back if own else 0)
+    if again is not None:
+        held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
+        for made, exchanges in ((again.gathering, turns.out), (again.most, turns.back)):
+            tape.make(made - held)
+            tape.exchange(exchanges if shapes.model.is_moe_layer(index) else 0)
+            tape.drop(made - held)
+        tape.use(*(each.name for each in whole))
     mtp = index >= model.num_hidden_layers
     if mtp:
         tape.use("input of MTP's last norm")

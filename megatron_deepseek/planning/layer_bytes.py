@@ -4,14 +4,15 @@ A search chooses a mode for every layer; the arguments of a run give one to all 
 first ones.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
-from megatron_deepseek.planning.layer_shapes import OF_EXPERTS, Kept, LayerShapes
+from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
+from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -31,7 +32,7 @@ class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
     exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
     where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
-    behind `gathers_behind` exchanges. `of_experts` is what a forward has not made yet when it sends rows to experts.
+    behind `gathers_behind` exchanges, and `gathering` what there is of the forward then, less all that it will keep.
     """
 
     kept: float
@@ -40,8 +41,8 @@ class LayerBytes:
     moments: tuple[Backward, ...]
     waiting: float
     sent: float
+    gathering: float = 0.0
     gathers_behind: int = 0
-    of_experts: float = 0.0
 
     @property
     def exchanges(self) -> int:
@@ -86,31 +87,34 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool) -
     waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
     held = inputs(shapes, whole) if mode.full else list(remaining(whole, mode.again))
     stays = [each for each in held if each.name == "MTP's output" or each.stays and not mode.full]
-    kept = sum(each.bytes for each in held)
-    moments = layer_moments(shapes, index, _made_at_all(whole, mode), stays if mode.offloaded else held, deferred,
-                            mode.full)
-    experts = shapes.model.is_moe_layer(index)
-    sent = shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size) if experts else 0.0
-    exchanges = shapes.traffic.exchanges
-    behind = (exchanges.out if mode.full else exchanges.to_experts) if experts else 0
-    made = whole if mode.full or mode.offloaded else held
-    of_experts = sum(each.bytes for each in made if each.name.startswith(OF_EXPERTS))
-    of_experts += slice_buffers(shapes) if experts else 0.0
-    if mode.offloaded:
-        back = kept - sum(each.bytes for each in stays)
-        host = back + _offloaded_too(shapes, depth, mode)
-        return LayerBytes(kept - back, host, buffers(shapes, index) + host, moments, waiting, sent, behind, of_experts)
-    forward = _freed_again(shapes, index, whole) if mode.full else buffers(shapes, index)
-    return LayerBytes(kept, 0.0, forward, moments, waiting, sent, behind, of_experts)
+    kept, here = _sum(held), _sum(stays if mode.offloaded else held)
+    made = _made_at_all(whole, mode)
+    moe = shapes.model.is_moe_layer(index)
+    again = None if not mode.full else forward_bytes(shapes, whole) if moe else Forward(0.0, _sum(whole))
+    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again)
+    sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
+    host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
+    if moe:
+        first = unsaved_bytes(shapes, whole) if mode.full or mode.offloaded else forward_bytes(shapes, held)
+        forward, gathering = max(0.0, first.most - here), first.gathering - here
+        behind = shapes.traffic.exchanges.out if mode.full else shapes.traffic.exchanges.to_experts
+    else:
+        gathering, behind = 0.0, 0
+        forward = buffers(shapes) + (host if mode.offloaded else total(whole) - kept if mode.full else 0.0)
+    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind)
 
 
-def _freed_again(shapes: LayerShapes, index: int, whole: Sequence[Kept]) -> float:
-    """Return the most bytes at once in the forward of a layer that keeps only its inputs: of its attention, or of its
-    MLP, since what the one has made is free when the other runs.
-    """
-    begins = [each.name for each in whole].index("input of the MLP's norm")
-    attention, mlp = total(whole[:begins]) - total(inputs(shapes, whole[:begins])), total(whole[begins:])
-    return max(attention, mlp + buffers(shapes, index))
+def _sum(kept: Iterable[Kept]) -> float:
+    return sum(each.bytes for each in kept)
+
+
+def _stream(shapes: LayerShapes) -> float:
+    return shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
+
+
+def _sent_back(shapes: LayerShapes) -> float:
+    """Return the bytes of gradients on their way to the experts."""
+    return shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size)
 
 
 def _made_at_all(whole: Iterable[Kept], mode: LayerMode) -> tuple[Kept, ...]:
@@ -185,27 +189,6 @@ def expert_rows(shapes: LayerShapes) -> float:
     return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
 
 
-def buffers(shapes: LayerShapes, index: int) -> float:
-    """Return the bytes that exist only while a layer's forward sends tokens to experts: rows before they are sent and
-    as they arrive, before they are sorted by expert; or whole tokens of the expert group under `allgather`.
-    """
-    model, layout = shapes.model, shapes.layout
-    if not model.is_moe_layer(index):
-        return shapes.numbers.plain(shapes.whole, 2 * model.intermediate_size // layout.tp)
-    rows, of_slices = expert_rows(shapes), slice_buffers(shapes)
-    if layout.ep == 1:
-        return of_slices or shapes.numbers.plain(rows, model.hidden_size)
-    if shapes.traffic.dispatcher == "allgather":
-        return shapes.numbers.plain(2 * shapes.own * layout.ep, model.hidden_size) + of_slices
-    sent = shapes.own * model.num_experts_per_tok
-    across = shapes.own * shapes.traffic.nodes * 2 if shapes.traffic.dispatcher == "grouped" else 0
-    return shapes.numbers.plain(sent + rows / layout.etp + across, model.hidden_size) + of_slices
-
-
-def slice_buffers(shapes: LayerShapes) -> float:
-    """Return the bytes that exist only while experts that are cut into slices run (parallel/expert_tensor.py), beside
-    the rows that a slice reads: a rank's own rows before they are gathered, those of all ranks as they are gathered,
-    their results in the same order, the sum that comes back, and this as it leaves.
-    """
-    etp = shapes.layout.etp
-    return shapes.numbers.plain((2 + 3 / etp) * expert_rows(shapes), shapes.model.hidden_size) if etp > 1 else 0.0
+def buffers(shapes: LayerShapes) -> float:
+    """Return the bytes that exist only while the forward of a layer without routed experts runs."""
+    return shapes.numbers.plain(shapes.whole, 2 * shapes.model.intermediate_size // shapes.layout.tp)

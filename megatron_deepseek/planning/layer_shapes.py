@@ -11,7 +11,6 @@ from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.planning.numbers import Numbers
 
 LAYERNORM, UP_PROJECTION, EXPERT_ACTIVATION = "layernorm", "mla_up_proj", "moe_act"  # RecomputeSettings.modules
-OF_EXPERTS = ("experts", "results of the experts' slices")  # how the names of what routed experts keep begin
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_deepseek.planning.activations import embedding, norm, total
 from megatron_deepseek.planning.actions import actions, held_stages
 from megatron_deepseek.planning.arrivals import waiting_in_acts
 from megatron_deepseek.planning.backward_bytes import Layers, split_backwards, whole_backwards
-from megatron_deepseek.planning.forward_bytes import forwards
+from megatron_deepseek.planning.stage_forward import forwards
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes, layer_bytes

@@ -142,10 +142,9 @@ class Gathered:
         return self.outer + own.dense * (1 + self.ahead[0]) + own.experts * self.ahead[1]
 
     def forward(self, index: int) -> float:
-        """Return what is gathered while the forward of layer `index` runs."""
+        """Return what is gathered while the forward of layer `index` runs, its routed experts having been gathered."""
         own = self.layers[index]
-        twice = own.experts * self.ahead[1] or own.dense * self.ahead[0]
-        return self.outer + own.all + twice
+        return self.outer + own.all + (0.0 if own.experts else own.dense * self.ahead[0])
 
 
 def by_layer(job: Job, stage: int) -> Gathered | None:

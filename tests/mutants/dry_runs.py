@@ -18,8 +18,18 @@ BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
 KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
 STATES = ("tests/unit/planning/test_state_bytes.py",)
+FORWARDS = (f"{UNIT}test_planned_forwards.py",)
+COVERED = (f"{UNIT}test_covered_plans.py",)
 
 DRY_RUNS = of(
+    COVERED,
+    ("layer_moments", "more = again.most - ", "more = 0 * again.most - "),
+) + of(
+    FORWARDS,
+    ("forward_bytes._with_slices", "results + 2 * numbers.plain(own, h)", "results"),
+    ("forward_bytes._whole_experts", "+ 2 * sorted_rows", "+ sorted_rows"),
+    ("forward_bytes.forward_bytes", "        before += stream", "        pass"),
+) + of(
     STATES,
     ("_Ranks.missing", "-shape[0] %", "0 *"),
     ("_Ranks.missing", "* prod(shape[1:])", ""),
