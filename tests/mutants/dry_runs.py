@@ -20,10 +20,13 @@ REAL = ("tests/parallel/test_dry_run.py",)
 STATES = ("tests/unit/planning/test_state_bytes.py",)
 FORWARDS = (f"{UNIT}test_planned_forwards.py",)
 COVERED = (f"{UNIT}test_covered_plans.py",)
+EXCHANGES = (f"{UNIT}test_exchanges.py",)
+REPLAY = ("tests/unit/planning/test_replay.py",)
+REDUCTIONS = ("tests/unit/planning/test_backward_bytes.py",)
 
 DRY_RUNS = of(
     COVERED,
-    ("layer_moments", "more = again.most - ", "more = 0 * again.most - "),
+    ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
 ) + of(
     FORWARDS,
     ("forward_bytes._with_slices", "results + 2 * numbers.plain(own, h)", "results"),
@@ -105,7 +108,7 @@ DRY_RUNS = of(
     ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
     ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
     ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
-    ("_layers_of_backward", "beside - output_bytes(job, stage, shapes)", "beside"),
+    ("_layers_of_backward", "beside - held", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
 ) + of(
     ENCODING,
@@ -117,4 +120,30 @@ DRY_RUNS = of(
     ("Tape.products_of_swiglu", "0.0 if self._deferred else count * each", "count * each"),
     ("Tape._weigh_input", "columns += of_input", "pass"),
     ("Tape.weigh", "self.drop(rows)", "pass"),
+) + of(
+    EXCHANGES,
+    ("Job.exchanges", "across * (parts + 2)", "across * parts"),
+    ("Job.exchanges", "within + 2 * across", "within + across"),
+    ("Job.exchanges", "int(layout.ep > nodes)", "1"),
+    ("Job.exchanges", "1 + self.numbers.fp8", "1"),
+    ("backward_tape._experts", "tape.exchange(shapes.traffic.exchanges.home)", "pass"),
+    ("layer_moments", "tape.exchange(exchanges if", "tape.exchange(0 if"),
+) + of(
+    REPLAY,
+    ("taking_turns", "left[me] = piece.left, piece.weights_left", "left[me] = piece.most, piece.weights"),
+    ("Moment._running", "and not together", ""),
+    ("phases._behind", "return FREED[before] if regathers and before in FREED else", "return"),
+    ("phases._behind", "max(KEPT.get(before, before), BEGUN)", "max(before, BEGUN)"),
+    ("phases._behind", 'FREED_SUMMED if run.kind == "W" and before in KEPT else SUMMED', "SUMMED"),
+) + of(
+    REDUCTIONS,
+    ("backward_bytes.in_turn", " + size.of_output(instant.ending)", ""),
+    ("backward_bytes.in_turn", "+ copied - summed * ending", "+ copied"),
+    ("Tape.exchange", "self._piece += 1", "pass"),
+) + of(
+    COVERED,
+    ("backward_tape._experts", 'tape.end("router")', "pass"),
+    ("stage_bytes.input_bytes", "if offloads else", "if not offloads else"),
+    ("stage_forward._pieces", "not job.regathers or before in (BEFORE, *FREED_BY_FORWARDS)", "True"),
+    ("split_backwards", "weights is not None and before in FREED_BY_FORWARDS", "weights is not None"),
 )

@@ -1,5 +1,5 @@
-"""Plans against dry runs over the covering array, with layers as wide as V3's and all weights trained: within 3 % but
-for those of COARSER, which docs/dry_run.md tells of, and these within 10 %.
+"""Plans against dry runs over the covering array, with layers as wide as V3's and all weights trained: within 3 % and
+those of CLOSE, of which every tensor is planned, within 0.2 %.
 """
 
 from dataclasses import replace
@@ -16,8 +16,9 @@ from megatron_deepseek.planning.memory import all_ranks, worst
 from megatron_deepseek.settings import Settings
 
 LENGTH, CHUNK = 4096, 1536
-QUICK = (0, 21, 41, 55)  # in `make test`: by the layer, weight gradients apart, experts that run again, one micro-batch
-COARSER = (10, 19, 30, 46, 49)
+QUICK = (0, 19, 21, 30, 41, 55)  # in `make test`: by the layer, one micro-batch, weight gradients apart, pairs that
+#                                  take turns, experts that run again, one micro-batch by the layer
+CLOSE = (4, 19, 35)
 CASES = (*covering_cases(), *WIDE_CASES)
 OTHERS = [each for each in range(len(CASES)) if each not in QUICK]
 
@@ -49,4 +50,4 @@ def test_the_fullest_rank_takes_what_is_planned(number):
     layout = settings.layout
     rank = worst(all_ranks(Job(settings))).pp_rank * layout.world_size // layout.pp
     found = dry_rank(DryRun(True, False, layout.world_size), settings, rank)
-    assert found.planned.peak_bytes == pytest.approx(found.timeline.peak.bytes, rel=0.1 if number in COARSER else 0.03)
+    assert found.planned.peak_bytes == pytest.approx(found.timeline.peak.bytes, rel=0.002 if number in CLOSE else 0.03)

@@ -12,6 +12,7 @@ from megatron_deepseek.dry_run.routing import BALANCED
 from megatron_deepseek.dry_run.storages import StorageLog
 from megatron_deepseek.parallel.micro_batch_overlap import MicroBatchOverlap
 from megatron_deepseek.planning.job import Job
+from megatron_deepseek.planning.layer_bytes import layer_bytes
 
 # Rank 1 of the pipeline holds the two stages in the middle, all of whose layers have experts.
 TINY = ("--data-path x --train-iters 1 --model tiny --bf16 --seq-length 128 --num-layers 4 --mtp-num-layers 0 "
@@ -46,3 +47,5 @@ def test_turns_are_left_as_often_as_planned(name, monkeypatch):
     layers = {f"stage {stage}": sum(map(job.model.is_moe_layer, job.layers_of(stage))) for stage in job.held(1)}
     assert counts == {place: of_act[place[0]] * layers[place[-7:]] for place in counts}
     assert {place[0] for place in counts} == set(of_act)
+    index = job.layers_of(1)[0]
+    assert layer_bytes(job.shapes(), index, job.modes_of(1)[0], True).exchanges == of_act["B"]
