@@ -253,10 +253,14 @@ def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[flo
         padded = 2 * output * wider + values if wider != 1 else 0.0
         results = gradients[0] + gradients[1] + values
         tape.make(output)
-        tape.make(padded + results + (sum(gradients) if shapes.packed else 0.0))
-        tape.drop(padded, output)
-        beyond = 0.0 if shapes.packed else values - gradients[-1]
-        tape.drop(results if shapes.packed else 0.0)
+        if shapes.packed:  # row by row: their results are copied to one place
+            tape.make(sum(gradients) + (padded + results) / shapes.sequences)
+            tape.drop((padded + results) / shapes.sequences)
+        else:
+            tape.make(padded + results)
+            tape.drop(padded)
+            beyond = values - gradients[-1]
+        tape.drop(output)
     tape.drop(output)
     tape.free("queries", "keys", "values", "attention's output as computed")
     tape.free_unless_deferred("attention's output")
@@ -276,18 +280,21 @@ def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, 
 def _blocks(tape: Tape, shapes: LayerShapes, queries: float, keys: float, values: float, projected: float,
             padded: float) -> None:
     """Go back through attention by blocks (parallel/blockwise_attention.py): keys and values of each rank's tokens are
-    made again; the gradient of queries is summed in float32. In FP8 the output is made of its E5M6.
+    made again; the gradient of queries is summed in float32. In FP8 the output is made of its E5M6. The kernel takes
+    packed rows one by one.
     """
     wide, output = queries / shapes.numbers.element * shapes.numbers.wide, values if projected else queries
     restored, tiles = output if shapes.numbers.fp8 else 0.0, 2 * tape.tiles(projected)
     tape.use("queries", "attention's output")
     tape.make(restored + wide)
-    pads = 3 * padded if keys != values else 0.0
+    at_once = 1 / shapes.sequences if shapes.packed else 1.0
+    pads = 3 * padded * at_once if keys != values else 0.0
+    results = pads or (queries + keys + values) * at_once
     made = keys + values if projected else 0.0
     tape.make(projected + made)
     tape.drop(projected)
-    tape.make(keys + values + pads + (3 * padded if pads else queries + keys + values))
-    tape.drop(pads + (3 * padded if pads else queries + keys + values))
+    tape.make(keys + values + pads + results)
+    tape.drop(pads + results)
     tape.make(projected + tiles)
     tape.drop(projected, tiles, made)
     tape.drop(keys + values)
