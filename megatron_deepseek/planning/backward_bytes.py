@@ -6,9 +6,10 @@ weights are gone. Where weight gradients are made apart units end in W, and all 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import inf
+from typing import NamedTuple
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.held_parameters import Held, together
@@ -42,8 +43,7 @@ from megatron_deepseek.planning.stage_states import (
 from megatron_deepseek.planning.state_bytes import data_ranks
 
 
-@dataclass(frozen=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment of a backward. `bytes`: of activations and their gradients, less those of the kept ones that are free
     again, and of weight gradients in the layers' dtype. `done`: parameters of the units that have ended, the last one
     of them `before`. `ending`: those of a unit that ends now: `bytes` has none of its gradients, of which the last to
@@ -104,10 +104,24 @@ def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: 
 def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
     """Return the one piece of whole backwards in each turn, where they make weight gradients layer by layer."""
     size, stay = sizes(job), _buffers_stay(job)
-    course = list(_course(job, stage, layers))
-    return {Turn("B", *turn): [max(Piece(in_turn(each, turn, size, stay) + each.gathered, each.gathered)
-                                   for each in course).rounded]
-            for turn in (FIRST, MIDDLE, LAST, ONLY)}
+    course, found = list(_highest(_course(job, stage, layers))), {}
+    for turn in (FIRST, MIDDLE, LAST, ONLY):
+        there = [in_turn(each, turn, size, stay) + each.gathered for each in course]
+        most = max(there)
+        found[Turn("B", *turn)] = [Piece(most, course[there.index(most)].gathered).rounded]
+    return found
+
+
+def _highest(course: Iterator[Instant]) -> Iterator[Instant]:
+    """Yield the moments that can be a whole backward's peak: of those between two ends of units the highest."""
+    best = next(course)
+    for each in course:
+        if each.ending is best.ending is NOTHING and each.before is best.before and each.done is best.done:
+            best = max(best, each, key=lambda moment: moment.bytes + moment.gathered)
+        else:
+            yield best
+            best = each
+    yield best
 
 
 def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
@@ -131,7 +145,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
             elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
                 last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
-                now = replace(now, ending=unit, last=last / 3)
+                now = now._replace(ending=unit, last=last / 3)
                 done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0

@@ -38,17 +38,13 @@ def forwards(job: Job, stage: int, layers: Sequence[tuple[int, LayerBytes]], bes
     if job.regathers:
         turns = [(BEFORE, GATHERED), (GATHERED, GATHERED),
                  *(turn for phase, freed in FREED.items() for turn in ((phase, freed), (freed, freed)))]
-    found = {}
-    for before, after in turns:
-        ahead, grown = passing(job, stage, before), 0.0
-        if before == BEFORE:
-            grown = passing(job, stage, GATHERED).all - ahead.all
-        found[Turn("F", before, after)] = _pieces(course, job, before, grown)
-    return found
+    come = passing(job, stage, GATHERED).all - passing(job, stage, BEFORE).all
+    return {Turn("F", before, after): _pieces(course, job, before, come if before == BEFORE else 0.0)
+            for before, after in turns}
 
 
 def _pieces(course: Sequence[_Instant], job: Job, before: int, grown: float) -> list[Piece]:
-    """Return the pieces of a forward from the phase `before` on. `grown`: by so much more weights stand behind it."""
+    """Return the pieces of a forward from the phase `before` on. `grown`: by so much more stands behind it."""
     found = [Piece(-float("inf"))] * (1 + max(each.piece for each in course))
     gathers = job.freed_by_forwards and (not job.regathers or before in (BEFORE, *FREED_BY_FORWARDS))
     for each in course:

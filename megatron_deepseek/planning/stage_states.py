@@ -96,8 +96,8 @@ def passing(job: Job, stage: int, phase: int) -> Passing:
 
 
 def states_of_phases(job: Job, stage: int) -> tuple[int, ...]:
-    """Return the bytes of a stage in each phase."""
-    return tuple(round(passing(job, stage, phase).all) for phase in PHASES)
+    """Return the bytes of a stage in each phase, 0 in those that its job does not know."""
+    return tuple(round(passing(job, stage, phase).all) if job.regathers or phase not in KEPT else 0 for phase in PHASES)
 
 
 @dataclass(frozen=True)
