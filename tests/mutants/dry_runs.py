@@ -111,7 +111,7 @@ DRY_RUNS = of(
 ) + of(
     REPLAY,
     ("taking_turns", "left[me] = piece.left, piece.weights_left", "left[me] = piece.most, piece.weights"),
-    ("Moment._running", "and not together", ""),
+    ("Moment.running", "and not together", ""),
     ("phases._behind", "return FREED[before] if regathers and before in FREED else", "return"),
     ("phases._behind", "max(KEPT.get(before, before), BEGUN)", "max(before, BEGUN)"),
     ("phases._behind", 'FREED_SUMMED if run.kind == "W" and before in KEPT else SUMMED', "SUMMED"),
