@@ -150,10 +150,10 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(numbers.plain(own * model.num_experts_per_tok, h), sent)
     if model.n_shared_experts:
         _mlp(tape, shapes, model.n_shared_experts * model.moe_intermediate_size, stream)
-    tape.use("router's input")
+    tape.use("router's input", "router's input in float32")
     wide = own * h * numbers.wide
     tape.make(wide + token)
-    tape.free("router's input")
+    tape.free("router's input", "router's input in float32")
     tape.drop(wide)
     if numbers.element < numbers.wide:  # in full precision routers belong to their layer's unit (model/build.py)
         tape.end("router")
