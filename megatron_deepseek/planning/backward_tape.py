@@ -25,9 +25,9 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
-        for made, exchanges in ((again.gathering, turns.out), (again.most, turns.back)):
+        for made, number in ((again.gathering, turns.out), (again.most, turns.back)):
             tape.make(made - held)
-            tape.exchange(exchanges if shapes.model.is_moe_layer(index) else 0)
+            tape.exchange(number * model.is_moe_layer(index))
             tape.drop(made - held)
         tape.use(*(each.name for each in whole))
     mtp = index >= model.num_hidden_layers
