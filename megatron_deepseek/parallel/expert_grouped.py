@@ -69,9 +69,12 @@ class GroupedDispatcher:
         parts = (weights_TK[copies.row_R], route.experts_TK[copies.row_R], copy_keys(keys_T, copies))
         weights_QK, experts_QK, keys_Q = (None if each is None else across(each, counts_N, received) for each in parts)
         within, counts = self._within_node(experts_QK, inside[0]), RowCounts(*inside)
-        # Nothing here holds what crosses nodes, nor its copies: it is freed while experts compute.
-        y_RH, _ = run_experts(copy_rows(across(copy_rows(x_TH, copies), counts_N, received), within), counts, experts,
-                              self._within, self.to_experts, copy_keys(keys_Q, within))
+
+        def make_rows():  # nobody holds what crosses nodes either
+            return copy_rows(across(copy_rows(x_TH, copies), counts_N, received), within)
+
+        y_RH, _ = run_experts(make_rows, x_TH.device, counts, experts, self._within, self.to_experts,
+                              copy_keys(keys_Q, within))
         y_RH = across(sum_copies(y_RH, weights_QK, within), received, counts_N)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         return sum_copies(y_RH, ones, copies), across.cross_node_sends(counts_N)

@@ -171,18 +171,22 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence
     def inputs(first: bool, gathers: bool) -> list[Piece]:
         return _pieces(course, (GATHERED if first else SUMMED, SUMMED), size, gathers)
 
+    @cache
+    def made(first: bool, last: bool) -> float:
+        return _made(job, stage, first, last)
+
     for before in (GATHERED, BEGUN, SUMMED, *(KEPT if weights else ())):
         first, gathers = before == GATHERED, weights is not None and before in FREED_BY_FORWARDS
         pieces, gathered = inputs(first, gathers), every * gathers
         found[Turn("I", before, max(KEPT.get(before, before), BEGUN))] = pieces
         for after in (SUMMED, REDUCED):
-            made = _made(job, stage, KEPT.get(before, before) != SUMMED, after == REDUCED)
-            last = Piece(max(waits, made) + outer * first + gathered - free, gathered)
+            of_weights = made(KEPT.get(before, before) != SUMMED, after == REDUCED)
+            last = Piece(max(waits, of_weights) + outer * first + gathered - free, gathered).rounded
             found[Turn("B", before, after)] = [*pieces[:-1], max(pieces[-1], last)]
             if before != GATHERED:
                 freed = FREED_SUMMED if before in KEPT and after == SUMMED else after
-                found[Turn("W", before, freed)] = [Piece(made - waits)]
-    return {turn: [piece.rounded for piece in pieces] for turn, pieces in found.items()}
+                found[Turn("W", before, freed)] = [Piece(of_weights - waits).rounded]
+    return found
 
 
 def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathers: bool) -> list[Piece]:
@@ -194,7 +198,7 @@ def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathe
         if there > piece.most:
             piece = piece._replace(most=there, weights=gathered)
         found[each.piece] = piece._replace(left=there, weights_left=gathered) if each.waits else piece
-    return found
+    return [piece.rounded for piece in found]
 
 
 def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | None) -> Iterator[Instant]:

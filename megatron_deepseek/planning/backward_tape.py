@@ -25,9 +25,9 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
-        for made, exchanges in ((again.gathering, turns.out), (again.most, turns.back)):
+        for made, number in ((again.gathering, turns.out), (again.most, turns.back)):
             tape.make(made - held)
-            tape.exchange(exchanges if shapes.model.is_moe_layer(index) else 0)
+            tape.exchange(number * model.is_moe_layer(index))
             tape.drop(made - held)
         tape.use(*(each.name for each in whole))
     mtp = index >= model.num_hidden_layers
@@ -134,7 +134,7 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     # FP8's gradients travel as tiles, and stay such to the product, but with `allgather`.
     as_tiles = numbers.fp8 and layout.ep > 1 and shapes.traffic.dispatcher != "allgather"
     if layout.ep > 1 or layout.etp > 1:
-        _arrive(tape, sent, got, as_tiles)
+        _arrive(tape, shapes, sent, got, as_tiles)
     _down(tape, "experts", got, hidden, of_expert / 3, experts=True, as_tiles=as_tiles)
     if not numbers.fp8:
         tape.make(2 * hidden)
@@ -152,10 +152,10 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(numbers.plain(own * model.num_experts_per_tok, h), sent)
     if model.n_shared_experts:
         _mlp(tape, shapes, model.n_shared_experts * model.moe_intermediate_size, stream)
-    tape.use("router's input")
+    tape.use("router's input", "router's input in float32")
     wide = own * h * numbers.wide
     tape.make(wide + token)
-    tape.free("router's input")
+    tape.free("router's input", "router's input in float32")
     tape.drop(wide)
     if numbers.element < numbers.wide:  # in full precision routers belong to their layer's unit (model/build.py)
         tape.end("router")
@@ -163,12 +163,13 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(2 * token, *([stream] if model.n_shared_experts else []))
 
 
-def _arrive(tape: Tape, sent: float, got: float, as_tiles: bool) -> None:
+def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float, as_tiles: bool) -> None:
     """Go back to the experts' ranks: gradients are sent, and sorted by expert."""
     if as_tiles:
         tape.make(tape.tiles(sent))
     arrived = tape.tiles(got) if as_tiles else got
     tape.make(arrived)
+    tape.exchange(shapes.traffic.exchanges.to_experts)
     tape.drop(sent, tape.tiles(sent) if as_tiles else 0.0)
     tape.make(arrived)
     tape.drop(arrived)

@@ -1,14 +1,17 @@
 """What a layer with routed experts has on the device while its forward runs, or runs again in its backward.
 
 By then it has made all that it keeps of attention, of shared experts and of the router. Rows go to the experts' ranks,
-are sorted by expert, and come back the same way. What was sent, gathered and received is freed once it is sorted
+are sorted by expert, and come back the same way. What was sent, gathered or received is freed as soon as it is sorted
 (parallel/expert.py and the files beside it).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import NamedTuple
 
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.trained_weights import ALL, EXPERTS_DOWN, EXPERTS_UP, VALUE, Trained
 
 _BEHIND = frozenset(("experts' rows", "experts: gate and up", "experts: hidden", "experts' results",
                      "results of the experts' slices", "partial sums of nodes", "input of MTP's last norm",
@@ -27,10 +30,12 @@ class Forward:
     most: float
 
 
-def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept]) -> Forward:
+def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept], trained: Trained = ALL) -> Forward:
     """Return what a layer with routed experts has made of what it keeps and what is sent, moment by moment.
 
-    `kept`: what stays of the forward, whether it is kept for the backward or the layer runs again as a whole.
+    `kept`: what stays of the forward, whether it is kept for the backward or the layer runs again as a whole. The
+    layer's input and the experts' normed one are there in any case. An adapter's result is a tensor of its own, and its
+    sum with that of the weight another.
     """
     sizes: dict[str, float] = {}
     for each in kept:
@@ -39,45 +44,83 @@ def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept]) -> Forward:
     stream = shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     if shapes.model.n_shared_experts:
         before += stream  # their output, until it is added to that of the routed ones
-    return _with_slices(shapes, before) if shapes.layout.etp > 1 else _whole_experts(shapes, before)
+    before += stream * ("input of the layer" not in sizes and "MTP's joined input" not in sizes)
+    before += stream * sizes.keys().isdisjoint(("MLP's input", "router's input"))
+    before += stream * ("MTP: state's norm: statistics" in sizes and "MTP's embedding" not in sizes)
+    run = _Run(before, *(sizes.get(name, 0.0) for name in ("experts' rows", "experts: gate and up", "experts: hidden")),
+               *(3 if trained.adapts(name) else 1 for name in (EXPERTS_UP, EXPERTS_DOWN)))
+    found = _with_slices(shapes, run) if shapes.layout.etp > 1 else _whole_experts(shapes, run)
+    return replace(found, most=max(found.most, _projecting(shapes, sizes, trained)))
 
 
-def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept]) -> Forward:
+def _projecting(shapes: LayerShapes, sizes: Mapping[str, float], trained: Trained) -> float:
+    """Return the bytes while MLA makes keys and values of latents, in three tensors where an adapter makes them too."""
+    if shapes.model.grouped_query or shapes.layout.cp > 1 or "queries" not in sizes:
+        return 0.0
+    width = shapes.heads * (shapes.model.qk_nope_head_dim + shapes.model.v_head_dim)
+    made = sum(sizes[name] for name in takewhile(lambda name: name != "keys", sizes))
+    return made + shapes.numbers.plain(shapes.whole, width) * (3 if trained.adapts(VALUE) else 1)
+
+
+def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept], trained: Trained = ALL) -> Forward:
     """Return what a layer with routed experts has made where what is saved goes at once: it runs again as a whole, or
     the host keeps it. Attention is over when rows are sent.
     """
     at = next(number for number, each in enumerate(whole) if each.name == _SECOND_HALF)
     attention, entered = whole[:at], [each for each in whole[:at] if each.name == "input of the layer"]
-    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _NOT_LOCAL)])
-    return Forward(found.gathering, max(found.most, sum(each.bytes for each in attention)))
+    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _NOT_LOCAL)], trained)
+    made = _projecting(shapes, {each.name: each.bytes for each in attention}, trained)
+    return Forward(found.gathering, max(found.most, made, sum(each.bytes for each in attention)))
 
 
-def _whole_experts(shapes: LayerShapes, before: float) -> Forward:
+class _Run(NamedTuple):
+    """What a layer has made before it calls experts, and what of their rows, gate and up, and hidden is kept; in how
+    many tensors gate and up are, and results: with adapters in three.
+    """
+
+    before: float
+    rows: float
+    gate_up: float
+    hidden: float
+    up: int
+    down: int
+
+    @property
+    def kept(self) -> float:
+        """Return what experts leave behind."""
+        return self.rows + self.gate_up + self.hidden
+
+    def at_most(self, shapes: LayerShapes, rows: float) -> float:
+        """Return the most that exists in experts, which get so many rows: those, gate and up, hidden, and results."""
+        width, numbers = shapes.model.moe_intermediate_size // shapes.layout.etp, shapes.numbers
+        gate_up, results = 2 * numbers.product_input(rows, width), numbers.plain(rows, shapes.model.hidden_size)
+        return numbers.product_input(rows, shapes.model.hidden_size) + max(
+            self.up * gate_up, gate_up + numbers.plain(rows, width) + self.down * results)
+
+
+def _whole_experts(shapes: LayerShapes, run: _Run) -> Forward:
     """Return the bytes where each expert is whole on one rank."""
-    numbers, h, layout = shapes.numbers, shapes.model.hidden_size, shapes.layout
-    rows, results = _rows(shapes), numbers.plain(_rows(shapes), h)
-    sorted_rows, inner = numbers.product_input(rows, h), _inner(shapes, rows)
+    numbers, h, layout, before = shapes.numbers, shapes.model.hidden_size, shapes.layout, run.before
+    rows, results, token = _rows(shapes), numbers.plain(_rows(shapes), h), numbers.plain(shapes.own, h)
+    sorted_rows, running = numbers.product_input(rows, h), run.at_most(shapes, rows)
     if layout.ep == 1:
-        token = numbers.plain(shapes.own, h)
-        return Forward(before + sorted_rows, before + sorted_rows + inner + results + token)
+        return Forward(before + sorted_rows, before + max(running, run.kept + results + token))
     if shapes.traffic.dispatcher == "allgather":
         tokens = numbers.plain(shapes.own * layout.ep, h)
-        held = before + sorted_rows
-        return Forward(held, held + inner + results + tokens + numbers.plain(shapes.own, h))
-    held = before + sorted_rows
+        return Forward(before + sorted_rows, before + max(running, run.kept + tokens + max(results, token)))
     back = max(2 * results, results + numbers.plain(_copies(shapes), h))  # sorted as they came, and sent back
-    return Forward(held, held + inner + back)
+    return Forward(before + sorted_rows, before + max(running, run.kept + back))
 
 
-def _with_slices(shapes: LayerShapes, before: float) -> Forward:
+def _with_slices(shapes: LayerShapes, run: _Run) -> Forward:
     """Return the bytes where ranks have slices of experts: each gathers the rows of all, and partial sums are reduced.
     Rows are padded to be as many on each rank: that is a copy, before as behind.
     """
     numbers, h, layout = shapes.numbers, shapes.model.hidden_size, shapes.layout
     gathered, own = _rows(shapes), _rows(shapes) / layout.etp
-    held, results = before + numbers.plain(own, h), numbers.plain(gathered, h)
-    run = numbers.product_input(gathered, h) + _inner(shapes, gathered) + results
-    return Forward(held, held + run + results + 2 * numbers.plain(own, h))
+    held = run.before + numbers.plain(own, h)
+    behind = run.kept + 2 * numbers.plain(gathered, h) + 2 * numbers.plain(own, h)
+    return Forward(held, held + max(run.at_most(shapes, gathered), behind))
 
 
 def _copies(shapes: LayerShapes) -> float:
@@ -87,9 +130,3 @@ def _copies(shapes: LayerShapes) -> float:
 def _rows(shapes: LayerShapes) -> float:
     """Return how many rows this rank's experts get."""
     return _copies(shapes) * shapes.layout.etp * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
-
-
-def _inner(shapes: LayerShapes, rows: float) -> float:
-    """Return the bytes of gate and up, and of their product."""
-    width = shapes.model.moe_intermediate_size // shapes.layout.etp
-    return 2 * shapes.numbers.product_input(rows, width) + shapes.numbers.plain(rows, width)

@@ -56,11 +56,13 @@ def head_forward(shapes: LayerShapes, chunk: int | None) -> float:
     return wide + (0 if chunk is None else shapes.numbers.plain(tokens, vocabulary))
 
 
-def head_backward(shapes: LayerShapes, chunk: int | None) -> float:
+def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True) -> float:
     """Return the bytes that exist only while a prediction's backward runs: the gradients of the head's weight and
-    input, and a block of logits that is made again.
+    input, and a block of logits that is made again for the weight's. With a frozen weight it is the input's alone.
     """
     model, numbers = shapes.model, shapes.numbers
     vocabulary = _rows(shapes)
+    if not trained:
+        return numbers.plain(shapes.whole, model.hidden_size)
     gradients = numbers.plain(vocabulary + shapes.whole, model.hidden_size)
     return gradients + head_forward(shapes, chunk)

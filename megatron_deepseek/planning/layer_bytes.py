@@ -13,6 +13,8 @@ from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.trained_weights import ALL, Trained, kept_of
+from megatron_deepseek.planning.waiting_bytes import expert_rows, waiting_bytes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -63,11 +65,12 @@ def modes(recompute: RecomputeSettings, offload: OffloadSettings, count: int) ->
 
 
 @lru_cache(4096)
-def layer_bytes(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool = False) -> LayerBytes:
+def layer_bytes(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool = False, trained: Trained = ALL
+                ) -> LayerBytes:
     """Return what layer `index` takes; ids from num_hidden_layers on are MTP modules. Equal layers are counted once.
-    `deferred`: a schedule makes weight gradients apart.
+    `deferred`: a schedule makes weight gradients apart. `trained`: which of its weights are trained.
     """
-    return _of_kind(shapes, _representative(shapes, index), mode, deferred)
+    return _of_kind(shapes, _representative(shapes, index), mode, deferred, trained)
 
 
 def _representative(shapes: LayerShapes, index: int) -> int:
@@ -81,21 +84,24 @@ def _representative(shapes: LayerShapes, index: int) -> int:
 
 
 @lru_cache(1024)
-def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool) -> LayerBytes:
+def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, trained: Trained) -> LayerBytes:
     depth = index - shapes.model.num_hidden_layers
-    whole = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
-    waiting = deferred_inputs(remaining(whole, ())) + deferred_gradients(shapes, index)
-    held = inputs(shapes, whole) if mode.full else list(remaining(whole, mode.again))
+    all_kept = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
+    whole = kept_of(trained, all_kept, shapes.own * shapes.model.hidden_size * shapes.numbers.wide)
+    waiting = waiting_bytes(shapes, index, remaining(whole, ()), trained)
+    held = inputs(shapes, all_kept) if mode.full and trained.runs_back else list(remaining(whole, mode.again))
     stays = [each for each in held if each.name == "MTP's output" or each.stays and not mode.full]
     kept, here = _sum(held), _sum(stays if mode.offloaded else held)
     made = _made_at_all(whole, mode)
+    made += tuple(each for each in held if each not in made)  # what is given to a layer that runs again
     moe = shapes.model.is_moe_layer(index)
-    again = None if not mode.full else forward_bytes(shapes, whole) if moe else Forward(0.0, _sum(whole))
+    again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
     moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again)
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
     if moe:
-        first = unsaved_bytes(shapes, whole) if mode.full or mode.offloaded else forward_bytes(shapes, held)
+        unsaved = mode.full or mode.offloaded
+        first = unsaved_bytes(shapes, all_kept, trained) if unsaved else forward_bytes(shapes, held, trained)
         forward, gathering = max(0.0, first.most - here), first.gathering - here
         behind = shapes.traffic.exchanges.out if mode.full else shapes.traffic.exchanges.to_experts
     else:
@@ -135,58 +141,6 @@ def inputs(shapes: LayerShapes, whole: Iterable[Kept]) -> list[Kept]:
     if any(each.name == "MTP's embedding" for each in held):
         names = ("MTP's embedding", "MTP's output")
     return [each for each in held if each.name in names]
-
-
-_PRODUCT_INPUTS = frozenset((
-    "attention's input", "gathered latents", "normed query latent", "normed key-value latent", "attention's output",
-    "MLP's input", "MLP: hidden", "experts' rows", "experts: hidden", "MTP's joined input"))
-
-
-def deferred_inputs(whole: Iterable[Kept]) -> float:
-    """Sum the inputs of the products whose weight gradients a zero-bubble schedule leaves for later, also those that
-    were made again: they wait with the gradients (parallel/zero_bubble.py).
-    """
-    return sum(each.bytes for each in whole if each.name in _PRODUCT_INPUTS)
-
-
-def deferred_gradients(shapes: LayerShapes, index: int) -> float:
-    """Sum the gradients of those products' outputs, which wait with their inputs; in FP8 also the inputs of
-    down-projections, SwiGLU's outputs, which are kept in another form until then.
-    """
-    model, numbers, layout, form = shapes.model, shapes.numbers, shapes.layout, shapes.numbers.waiting_gradient
-    found = attention_gradients(shapes) + form(shapes.whole, model.hidden_size)
-    if index >= model.num_hidden_layers:
-        found += numbers.plain(shapes.stream, model.hidden_size)  # eh_proj's
-    parts = 3 if numbers.fp8 else 2  # gate, up, and in FP8 the down-projection's input
-    moe = model.is_moe_layer(index)
-    width = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
-    if width:
-        found += parts * form(shapes.whole, width // layout.tp) + form(shapes.whole, model.hidden_size)
-    if moe:
-        groups, rows = model.n_routed_experts // layout.ep, expert_rows(shapes)
-        found += parts * form(rows, model.moe_intermediate_size // layout.etp, groups)
-        found += form(rows, model.hidden_size, groups)
-    return found
-
-
-def attention_gradients(shapes: LayerShapes) -> float:
-    """Sum the gradients of the outputs of attention's products but the last, as they wait for weight gradients."""
-    model, form = shapes.model, shapes.numbers.waiting_gradient
-    found = form(shapes.whole, shapes.heads * model.qk_head_dim)
-    if model.grouped_query:
-        return found + 2 * form(shapes.whole, shapes.kv_product_heads * model.head_dim)
-    found += form(shapes.stream, model.kv_lora_rank + model.qk_rope_head_dim)
-    if model.q_lora_rank:
-        found += form(shapes.stream, model.q_lora_rank)
-    if shapes.layout.cp == 1:
-        found += form(shapes.whole, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim))
-    return found
-
-
-def expert_rows(shapes: LayerShapes) -> float:
-    """Return how many rows this rank's experts get."""
-    rows = shapes.own * shapes.model.num_experts_per_tok * shapes.served * shapes.layout.etp
-    return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
 
 
 def buffers(shapes: LayerShapes) -> float:

@@ -126,8 +126,12 @@ class RankCosts:
         found = worst_moments(self.job.schedule, self.pp, self.virtual,
                               enough_micro_batches(self.pp, self.job.micro_batches), rank,
                               self.job.engine.receives_early, self.job.regathers)
+        running, at_once = {}, self.job.pairs_at_once
+        for moment in found:
+            if moment.runs not in running:
+                running[moment.runs] = moment.running(sizes, at_once)[0]
         return self.standing(rank, bounds) + max(
-            sum(moment.bytes(sizes, self.job.pairs_at_once)) for moment in found)
+            sum(moment.during.bytes(sizes)) + running[moment.runs] for moment in found)
 
     def needed(self, allocated: float) -> float:
         """Return what a GPU may need where so much is allocated."""

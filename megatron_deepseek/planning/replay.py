@@ -130,13 +130,16 @@ class Moment:
         """Return the bytes of what stands, and those that exist only while the act runs. `together`: the two runs of a
         pair are at their peaks at once; otherwise they take turns.
         """
-        return *self.during.bytes(stages), self._running(stages, together)[0]
+        return *self.during.bytes(stages), self.running(stages, together)[0]
 
     def gathered(self, stages: Sequence[StageBytes], together: bool = True) -> int:
         """Return how many of the bytes that exist only while the act runs are weights."""
-        return self._running(stages, together)[1]
+        return self.running(stages, together)[1]
 
-    def _running(self, stages: Sequence[StageBytes], together: bool) -> tuple[int, int]:
+    def running(self, stages: Sequence[StageBytes], together: bool) -> tuple[int, int]:
+        """Return the bytes that exist only while the act runs, and how many of them are weights: the same in every act
+        of these runs.
+        """
         if len(self.runs) == 2 and not together:
             return taking_turns(*(stages[at].in_pieces(turn) for at, turn in self.runs))
         return (sum(stages[at].running(turn) for at, turn in self.runs),

@@ -6,7 +6,7 @@ computed; from then on it is the input of the stage's first layer.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.activations import embedding, norm, total
@@ -18,8 +18,18 @@ from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes, layer_bytes
 from megatron_deepseek.planning.layer_shapes import LayerShapes
-from megatron_deepseek.planning.replay import StageBytes
-from megatron_deepseek.planning.stage_states import sizes, states_of_phases, trained
+from megatron_deepseek.planning.phases import BEFORE, GATHERED, Turn
+from megatron_deepseek.planning.replay import Piece, StageBytes
+from megatron_deepseek.planning.stage_states import (
+    by_layer,
+    gathers_ahead,
+    part_of,
+    sizes,
+    states_of_phases,
+    trained,
+)
+from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
+from megatron_deepseek.planning.trained_weights import Trained, trained_weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     gradients.
     """
     indices = job.layers_of(stage)
-    layers = [layer_bytes(shapes, index, mode, job.splits_backwards)
+    layers = [layer_bytes(shapes, index, mode, job.splits_backwards, _trained_of(job, stage, index, shapes))
               for index, mode in zip(indices, job.modes_of(stage))]
     beside = sum(size for _, size in beside_layers(job, stage, shapes))
     kept = beside + sum(each.kept for each in layers)
@@ -51,9 +61,11 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     backwards = split_backwards if job.splits_backwards else whole_backwards
     made = backwards(job, stage, _layers_of_backward(job, stage, shapes, layers, beside))
     made |= forwards(job, stage, tuple(zip(job.layers_of(stage), layers)), beside, head_of_forward(job, stage, shapes))
+    states, first = states_of_phases(job, stage), Turn("F", BEFORE, GATHERED)
+    gathered = _first_forward(job, stage, layers, kept, beside) + states[GATHERED] - states[BEFORE]
+    made[first] = [*made[first][:-1], max(made[first][-1], Piece(round(gathered)))]
     worst = {turn: max(pieces) for turn, pieces in made.items()}
-    replayed = StageBytes(kept, waiting, states=states_of_phases(job, stage),
-                          in_turn={turn: each.most for turn, each in worst.items()},
+    replayed = StageBytes(kept, waiting, states=states, in_turn={turn: each.most for turn, each in worst.items()},
                           gathers={turn: each.weights for turn, each in worst.items()},
                           pieces={turn: pieces for turn, pieces in made.items() if len(pieces) > 1},
                           **received_bytes(job, stage, shapes))
@@ -67,17 +79,38 @@ def head_of_forward(job: Job, stage: int, shapes: LayerShapes) -> float:
     return head_forward(shapes, chunk_of(shapes, job.settings.loss.loss_chunk_size))
 
 
+def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: float, beside: float) -> float:
+    """Return the bytes beside what the first forward keeps, and all gathered weights, when it has just gathered a unit
+    for the step: what all data ranks sent is there until it is unpacked. Where all weights are trained their gradients
+    take more later.
+    """
+    indices, ranks = job.layers_of(stage), data_ranks(job)
+    if by_layer(job, stage) or all(trained_weights(job.settings, index).all for index in indices):
+        return 0.0
+    units = [gathered_weights(job, [part_of(job, index)], outside=False) for index in indices]
+    again = [Divided(each.dense * (ranks[0] > 1), each.experts * (ranks[1] > 1)) for each in units]
+    if gathers_ahead(job):
+        return max((max(each.dense, each.experts) for each in again), default=0.0) - kept
+    found, missing, behind = [0.0], sum(each.all for each in units), kept - beside
+    for unit, twice, layer in zip(units, again, layers):
+        missing -= unit.dense
+        found.append(twice.dense - behind - missing)
+        behind, missing = behind - layer.kept, missing - unit.experts
+        found.append(twice.experts + layer.gathering - behind - missing)
+    return max(found)
+
+
 def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBytes], beside: float
                         ) -> Layers:
     part, chunk = job.stages[stage], chunk_of(shapes, job.settings.loss.loss_chunk_size)
     own = part.loss and job.engine.logit_bytes is None
-    head = trained(job, Stage(False, (), (), True)).dense if part.loss and (chunk or not job.splits_backwards) else 0
-    head *= sizes(job).gradient
+    of_head = trained(job, Stage(False, (), (), True)).dense if part.loss else 0
+    head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
     several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
     given = received_bytes(job, stage, shapes)["returning"]
     held = input_bytes(job, stage, shapes) + output_bytes(job, stage, shapes)  # by torch, until the backward has ended
     return Layers(tuple(zip(job.layers_of(stage), layers)), beside - held, head_waiting(job, stage, shapes),
-                  head, head_backward(shapes, chunk) + several if own else 0.0, given)
+                  head, head_backward(shapes, chunk, of_head > 0) + several if own else 0.0, given)
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -88,7 +121,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         yield "rows of the vocabulary", total(embedding(shapes))
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
-        if not shapes.gathers or model.num_nextn_predict_layers or not part.loss:
+        for_head = not part.loss or not shapes.gathers and _head_reads(job, shapes)
+        if for_head or model.num_nextn_predict_layers:
             yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers
@@ -109,6 +143,20 @@ def input_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
     return received_bytes(job, stage, shapes)["arriving"] if offloads else 0.0
 
 
+def _trained_of(job: Job, stage: int, index: int, shapes: LayerShapes) -> Trained:
+    """Return what is trained of a layer, and whether what the last MTP module gives to a head on its stage is kept."""
+    found = trained_weights(job.settings, index)
+    last = job.model.num_hidden_layers + job.model.num_nextn_predict_layers - 1
+    unread = index == last and job.stages[stage].loss and not _head_reads(job, shapes)
+    return replace(found, read=False) if unread else found
+
+
+def _head_reads(job: Job, shapes: LayerShapes) -> bool:
+    """Return whether the head keeps its input: for its weight's gradient, and by chunks in any case."""
+    chunk = chunk_of(shapes, job.settings.loss.loss_chunk_size)
+    return chunk is not None or trained(job, Stage(False, (), (), True)).dense > 0
+
+
 def output_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
     """Return the bytes of what a stage passed on, if it keeps that until its backward."""
     if job.layout.pp == 1 or stage == len(job.stages) - 1 or not job.engine.keeps_output:
@@ -118,7 +166,7 @@ def output_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
 
 def head_waiting(job: Job, stage: int, shapes: LayerShapes) -> float:
     """Return what the head's weight gradient waits with: its inputs, and without chunks the gradients of all logits."""
-    if not (job.stages[stage].loss and job.splits_backwards):
+    if not (job.stages[stage].loss and job.splits_backwards and trained(job, Stage(False, (), (), True)).dense):
         return 0.0
     width = job.model.hidden_size
     if chunk_of(shapes, job.settings.loss.loss_chunk_size) is None:
@@ -156,7 +204,8 @@ def terms_of_stage(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[
     """Yield (name, bytes) of what a micro-batch keeps on `stage`: layers of a kind together, and the rest."""
     found: dict[str, float] = defaultdict(float)
     for index, mode in zip(job.layers_of(stage), job.modes_of(stage)):
-        found[kind_of(job, index)] += layer_bytes(shapes, index, mode).kept
+        trains = _trained_of(job, stage, index, shapes)
+        found[kind_of(job, index)] += layer_bytes(shapes, index, mode, trained=trains).kept
     for name, size in beside_layers(job, stage, shapes):
         found[name] += size
     yield from found.items()

@@ -107,20 +107,23 @@ class Gathered:
 
     `ahead`: the unit that comes next is gathered too, and while a unit is unpacked it is there twice; each for dense
     units and for those of routed experts, if there are other data ranks. `from_host`: shards of routed experts come
-    from the host's memory.
+    from the host's memory, as masters, or as what layers compute with (`frozen`).
     """
 
     outer: float
     layers: Mapping[int, Divided]
     ahead: tuple[bool, bool]
     from_host: bool = False
+    frozen: bool = False
 
     def gathering_experts(self, index: int) -> float:
         """Return what there is while routed experts are gathered. From the host come float32 masters, one weight after
         the other. A single data rank then has the larger weight, two thirds of all, twice in the layers' dtype, and the
-        smaller one in float32 and in the layers' dtype.
+        smaller one in float32 and in the layers' dtype; of frozen weights, which have no masters, all and the larger
+        one again.
         """
-        there = 7 / 3 if self.from_host and not self.ahead[1] else 1 + self.ahead[1]
+        alone = self.from_host and not self.ahead[1]
+        there = (5 / 3 if self.frozen else 7 / 3) if alone else 1 + self.ahead[1]
         return self.outer + self.layers[index].dense + self.layers[index].experts * there
 
     def at(self, index: int, after: int | None, experts_over: bool, ends: str) -> float:
@@ -156,7 +159,7 @@ def by_layer(job: Job, stage: int) -> Gathered | None:
     whole = gathered_weights(job, [job.stages[stage]])
     host = job.settings.offload.optimizer_cpu_offload
     return Gathered(whole.dense - sum(each.dense for each in layers.values()), layers, (dense > 1, experts > 1),
-                    host)
+                    host, job.settings.lora is not None)
 
 
 def part_of(job: Job, index: int) -> Stage:
@@ -165,11 +168,16 @@ def part_of(job: Job, index: int) -> Stage:
     return Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
 
 
+def gathers_ahead(job: Job) -> bool:
+    """Return whether torch's runtime for several stages begins to gather their weights before their first forwards."""
+    return job.layout.pp > 1 and VIRTUAL_STAGES.get(job.schedule, 2) > 1
+
+
 def _gathered_ahead(job: Job, gathered: Divided) -> Divided:
     """Return what of a stage is gathered before its first forward: torch's runtime for several stages begins to gather
     those of all before the rank's first act, which takes memory where there are other data ranks.
     """
-    if job.layout.pp == 1 or VIRTUAL_STAGES.get(job.schedule, 2) == 1:
+    if not gathers_ahead(job):
         return Divided()
     dense, experts = data_ranks(job)
     return Divided(gathered.dense * (dense > 1), gathered.experts * (experts > 1))

@@ -127,11 +127,11 @@ DRY_RUNS = of(
     ("Job.exchanges", "int(layout.ep > nodes)", "1"),
     ("Job.exchanges", "1 + self.numbers.fp8", "1"),
     ("backward_tape._experts", "tape.exchange(shapes.traffic.exchanges.home)", "pass"),
-    ("layer_moments", "tape.exchange(exchanges if", "tape.exchange(0 if"),
+    ("layer_moments", "tape.exchange(number * model", "tape.exchange(0 * model"),
 ) + of(
     REPLAY,
     ("taking_turns", "left[me] = piece.left, piece.weights_left", "left[me] = piece.most, piece.weights"),
-    ("Moment._running", "and not together", ""),
+    ("Moment.running", "and not together", ""),
     ("phases._behind", "return FREED[before] if regathers and before in FREED else", "return"),
     ("phases._behind", "max(KEPT.get(before, before), BEGUN)", "max(before, BEGUN)"),
     ("phases._behind", 'FREED_SUMMED if run.kind == "W" and before in KEPT else SUMMED', "SUMMED"),

@@ -28,7 +28,7 @@ RELEASED = of(
     ("grouped_query_attention", "numbers.cuda else shapes.kv_heads", "numbers.cuda else shapes.kv_product_heads"),
     ("attention_output", "computed if viewed else width", "width"),
     ("norms_of_heads", "(shapes.heads + shapes.kv_product_heads) * size", "shapes.heads * size"),
-    ("attention_gradients", "2 * form(", "form("),
+    ("attention_products", "shapes.kv_product_heads * model.head_dim", "model.head_dim"),
     ("travelling_width", "2 * kv_heads * model.head_dim", "kv_heads * model.head_dim"),
     ("layer_bytes._representative", "model.is_moe_layer(index), model.window_of(index)",
      "model.is_moe_layer(index), model.window_of(0)"),

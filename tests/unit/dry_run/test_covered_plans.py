@@ -37,9 +37,10 @@ def wide(model: ModelConfig) -> ModelConfig:
     return replace(model, **widths, **(dict(sliding_window=1024) if model.sliding_window else {}))
 
 
-def settings_of(number: int) -> Settings:
-    """Return the settings of a case in bfloat16, without adapters and frozen weights."""
-    settings = settings_of_case(replace(CASES[number], lora="none", frozen=0, trained=""), "--bf16")
+def settings_of(number: int, as_it_is: bool = False) -> Settings:
+    """Return the settings of a case in bfloat16, without adapters and frozen weights unless it is to be `as_it_is`."""
+    case = CASES[number] if as_it_is else replace(CASES[number], lora="none", frozen=0, trained="")
+    settings = settings_of_case(case, "--bf16")
     loss = replace(settings.loss, loss_chunk_size=CHUNK if settings.loss.loss_chunk_size else None)
     return replace(settings, model=wide(settings.model), data=replace(settings.data, seq_length=LENGTH), loss=loss)
 

@@ -1,0 +1,101 @@
+"""What a layer's weight gradients need where a zero-bubble schedule makes them later (parallel/zero_bubble.py): inputs
+of products, also those that were made again, and the gradients of their outputs.
+
+A frozen weight needs neither. An adapter that drops features has an input of its own, which no other product shares.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.trained_weights import (
+    DOWN,
+    EXPERTS_DOWN,
+    EXPERTS_UP,
+    GATE_AND_UP,
+    JOIN,
+    OUTPUT,
+    QUERY,
+    ROUTER,
+    VALUE,
+    Trained,
+)
+
+_PRODUCT_INPUTS = frozenset((
+    "attention's input", "gathered latents", "normed query latent", "normed key-value latent", "attention's output",
+    "MLP's input", "MLP: hidden", "experts' rows", "experts: hidden", "MTP's joined input"))
+
+
+class Product(NamedTuple):
+    """A product of a layer: which weight's it is, the bytes of its `input` in the layers' dtype, and those of its
+    output's `gradient` as that waits, in FP8 with its input where that is kept in another form until then.
+    """
+
+    weights: tuple[str, ...]
+    input: float
+    gradient: float
+
+
+def waiting_bytes(shapes: LayerShapes, index: int, kept: Iterable[Kept], trained: Trained) -> float:
+    """Return the bytes that wait for the weight gradients of layer `index`, which keeps `kept`."""
+    found = sum(each.gradient for each in products(shapes, index) if trained.gradients_of(*each.weights))
+    if trained.drops:
+        found += sum(each.input for each in products(shapes, index) if trained.adapts(*each.weights))
+        return found + _router(shapes, index, trained)
+    return found + sum(each.bytes for each in kept if each.name in _PRODUCT_INPUTS and (
+        each.name != "attention's output" or trained.gradients_of(OUTPUT)))
+
+
+def _router(shapes: LayerShapes, index: int, trained: Trained) -> float:
+    """Return the bytes of the input of the router's adapter, whose own product waits for nothing."""
+    adapted = shapes.model.is_moe_layer(index) and trained.adapts(ROUTER)
+    return shapes.own * shapes.model.hidden_size * shapes.numbers.wide if adapted else 0.0
+
+
+def products(shapes: LayerShapes, index: int) -> Iterator[Product]:
+    """Yield the products of a layer whose weight gradients wait."""
+    model, numbers, layout, form = shapes.model, shapes.numbers, shapes.layout, shapes.numbers.waiting_gradient
+    h, whole = model.hidden_size, shapes.whole
+    yield from attention_products(shapes)
+    width = shapes.heads * model.value_head_dim
+    yield Product((OUTPUT,), numbers.plain(whole, width), form(whole, h))
+    if index >= model.num_hidden_layers:
+        yield Product((JOIN,), numbers.plain(shapes.stream, 2 * h), numbers.plain(shapes.stream, h))
+    moe = model.is_moe_layer(index)
+    width = (model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size) // layout.tp
+    if width:
+        for name in ("gate_proj", "up_proj"):
+            yield Product(tuple(each for each in GATE_AND_UP if name in each), numbers.plain(whole, h),
+                          form(whole, width))
+        yield Product(DOWN, numbers.plain(whole, width), form(whole, h) + numbers.fp8 * form(whole, width))
+    if moe:
+        groups, rows, width = model.n_routed_experts // layout.ep, expert_rows(shapes), (
+            model.moe_intermediate_size // layout.etp)
+        yield Product((EXPERTS_UP,), numbers.plain(rows, h), 2 * form(rows, width, groups))
+        yield Product((EXPERTS_DOWN,), numbers.plain(rows, width),
+                      form(rows, h, groups) + numbers.fp8 * form(rows, width, groups))
+
+
+def attention_products(shapes: LayerShapes) -> Iterator[Product]:
+    """Yield the products of attention but the last."""
+    model, numbers, form = shapes.model, shapes.numbers, shapes.numbers.waiting_gradient
+    h, whole, stream = model.hidden_size, shapes.whole, shapes.stream
+    yield Product(QUERY, numbers.plain(whole, model.q_lora_rank or h), form(whole, shapes.heads * model.qk_head_dim))
+    if model.grouped_query:
+        for name in ("k_proj", "v_proj"):
+            yield Product((f"self_attn.{name}.weight",), numbers.plain(whole, h),
+                          form(whole, shapes.kv_product_heads * model.head_dim))
+        return
+    yield Product(("self_attn.kv_a_proj_with_mqa.weight",), numbers.plain(stream, h),
+                  form(stream, model.kv_lora_rank + model.qk_rope_head_dim))
+    if model.q_lora_rank:
+        yield Product(("self_attn.q_a_proj.weight",), numbers.plain(stream, h), form(stream, model.q_lora_rank))
+    seen = whole * shapes.layout.cp  # the first context rank makes keys and values of all tokens (block_mask.py)
+    yield Product((VALUE,), numbers.plain(seen, model.kv_lora_rank),
+                  form(seen, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim)))
+
+
+def expert_rows(shapes: LayerShapes) -> float:
+    """Return how many rows this rank's experts get."""
+    rows = shapes.own * shapes.model.num_experts_per_tok * shapes.served * shapes.layout.etp
+    return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
