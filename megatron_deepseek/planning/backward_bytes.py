@@ -65,8 +65,9 @@ class Instant(NamedTuple):
 class Layers:
     """The layers of a stage, in their order, and what the backward has before it comes to them: `beside` is free of
     what the stage keeps outside of them, `waits` is what the head's weight gradient needs later, `head` its weight
-    gradient, which is there until the stage's backward ends, and `loss` what is there while the head's backward runs.
-    `given`: the gradient of the stage's output that was received, which is counted as such.
+    gradient, which is there until the stage's backward ends, as `embedding` is behind MTP modules, and `loss` what is
+    there while the head's backward runs. `given`: the gradient of the stage's output that was received, which is
+    counted as such.
     """
 
     each: Sequence[tuple[int, LayerBytes]]
@@ -75,6 +76,11 @@ class Layers:
     head: float
     loss: float
     given: float
+    embedding: float = 0.0
+
+    def of_outer(self, index: int) -> float:
+        """Return the bytes of gradients of weights in no layer while the backward of layer `index` runs."""
+        return self.head + (self.embedding if index != self.each[-1][0] else 0.0)
 
 
 def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: tuple[bool, bool]) -> float:
@@ -131,14 +137,13 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     yield Instant(layers.loss, gathered=outside)
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
-        dense, experts = _units(job, index)
+        (dense, experts), there = _units(job, index), layers.of_outer(index) - free
         if weights:
-            yield Instant(layers.head - free, done, before, gathered=weights.beginning(index))
-            yield Instant(layer.sent + layers.head - free - given, done, before,
-                          gathered=weights.gathering_experts(index))
+            yield Instant(there, done, before, gathered=weights.beginning(index))
+            yield Instant(layer.sent + there - given, done, before, gathered=weights.gathering_experts(index))
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
-            now = Instant(moment.bytes + made + layers.head - free - given * moment.given, done, before, gathered=(
+            now = Instant(moment.bytes + made + there - given * moment.given, done, before, gathered=(
                 weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0))
             if moment.ends == "router":  # its own buffer is small
                 before = NOTHING
@@ -207,7 +212,7 @@ def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | 
     yield Instant(layers.loss, gathered=later)
     free, waits, given = layers.beside, layers.waits, layers.given
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
-        there, behind = layers.head - free + waits, began + layer.gathers_behind
+        there, behind = layers.of_outer(index) - free + waits, began + layer.gathers_behind
         if weights:
             beyond = later - weights.outer
             yield Instant(there, gathered=beyond + weights.beginning(index), piece=began)

@@ -13,8 +13,8 @@ from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
-from megatron_deepseek.planning.trained_weights import ALL, Trained, kept_of
-from megatron_deepseek.planning.waiting_bytes import expert_rows, waiting_bytes
+from megatron_deepseek.planning.trained_weights import ALL, Trained, kept_where
+from megatron_deepseek.planning.waiting_bytes import expert_rows, inner_bytes, waiting_bytes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -87,7 +87,9 @@ def _representative(shapes: LayerShapes, index: int) -> int:
 def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, trained: Trained) -> LayerBytes:
     depth = index - shapes.model.num_hidden_layers
     all_kept = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
-    whole = kept_of(trained, all_kept, shapes.own * shapes.model.hidden_size * shapes.numbers.wide)
+    whole = kept_where(trained, all_kept, shapes.own * shapes.model.hidden_size * shapes.numbers.wide)
+    if trained.adapted:
+        whole += (Kept("what adapters' A make", inner_bytes(shapes, index, trained)),)
     waiting = waiting_bytes(shapes, index, remaining(whole, ()), trained)
     held = inputs(shapes, all_kept) if mode.full and trained.runs_back else list(remaining(whole, mode.again))
     stays = [each for each in held if each.name == "MTP's output" or each.stays and not mode.full]

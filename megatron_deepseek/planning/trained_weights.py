@@ -1,4 +1,4 @@
-"""Which of a layer's weights are trained, and what is not kept where some are not.
+"""The trained weights of a layer, and what is not kept where some are frozen.
 
 A product whose weight is frozen does not keep its input, and a layer below everything that is trained keeps nothing. An
 adapter (LoRA) reads the input of its weight, which is kept for it as for the weight; with dropout the input without the
@@ -32,6 +32,8 @@ INPUTS_OF = {
     "normed key-value latent": (VALUE,), "MLP's input": GATE_AND_UP, "MLP: hidden": DOWN, "router's input": (ROUTER,),
     "experts' rows": (EXPERTS_UP,), "experts: hidden": (EXPERTS_DOWN,), "MTP's joined input": (JOIN,),
 }
+_OF_ROUTERS = ("router's scores", "chosen experts", "routing weights before they are normalised", "sums of scores",
+               "which tokens are routed", "balance factors")
 _OUTPUT = f"{_ATTENTION}o_proj."
 _BEFORE_MLP = "input of the MLP's norm"
 
@@ -40,7 +42,7 @@ _BEFORE_MLP = "input of the MLP's norm"
 class Trained:
     """The weights of a layer that are trained, by their names in it, `all` of them or `weights`; those with an adapter;
     and whether what enters the layer has a gradient, the rows of the vocabulary of MTP (`embedding`) apart. `drops`:
-    adapters drop features of their inputs. `read`: what the last layer gives to the head is kept for it.
+    adapters, of `rank`, drop features of their inputs. `read`: what the last layer gives to the head is kept for it.
     """
 
     all: bool = True
@@ -49,6 +51,7 @@ class Trained:
     entered: bool = True
     embedding: bool = True
     drops: bool = False
+    rank: int = 0
     read: bool = True
 
     def gradients_of(self, *names: str) -> bool:
@@ -93,7 +96,7 @@ def _trained(model: ModelConfig, index: int, lora: LoraSettings | None, frozen: 
                                for row in layer_rows(model, before) if row.trained)
     found = frozenset(name for name, row in names.items() if _has_gradient(model, row, lora, frozen))
     if lora is not None:
-        return Trained(False, frozenset(), found, entered, embedding, lora.lora_dropout > 0)
+        return Trained(False, frozenset(), found, entered, embedding, lora.lora_dropout > 0, lora.lora_rank)
     return ALL if len(found) == len(names) and entered and embedding else Trained(False, found, frozenset(), entered,
                                                                                   embedding)
 
@@ -102,7 +105,7 @@ def _has_gradient(model: ModelConfig, row: Parameter, lora: LoraSettings | None,
     return is_adapted(model, row, lora) if lora is not None else not is_frozen(row.name, frozen)
 
 
-def kept_of(trained: Trained, kept: Iterable[Kept], wide: float) -> tuple[Kept, ...]:
+def kept_where(trained: Trained, kept: Iterable[Kept], wide: float) -> tuple[Kept, ...]:
     """Return what is left of `kept`, which is what a layer keeps whose weights are all trained. `wide`: the bytes of
     the router's input in float32.
     """
@@ -151,6 +154,7 @@ def _needed(trained: Trained) -> dict[str, bool]:
              _BEFORE_MLP: normed_again, "MLP's norm: statistics": normed_again,
              "MLP: gate and up": normed_again or trained.gradients_of(*GATE_AND_UP),
              "experts: gate and up": normed_again or trained.gradients_of(EXPERTS_UP),
+             **dict.fromkeys(_OF_ROUTERS, normed_again or trained.gradients_of(ROUTER)),
              "MTP's output": trained.read, "attention": trained.attends,
              "experts and MLP": normed_again or trained.any_of(_MLP)}
     for latent, norm, products in (("key-value", "kv_a_layernorm", ("kv_a_proj_with_mqa.weight",)),

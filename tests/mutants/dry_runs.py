@@ -23,14 +23,29 @@ COVERED = (f"{UNIT}test_covered_plans.py",)
 EXCHANGES = (f"{UNIT}test_exchanges.py",)
 REPLAY = ("tests/unit/planning/test_replay.py",)
 REDUCTIONS = ("tests/unit/planning/test_backward_bytes.py",)
+TRAINED = ("tests/unit/planning/test_trained_weights.py",)
 
 DRY_RUNS = of(
+    TRAINED,
+    ("trained_weights._needed", "second = trained.attends or trained.any_of(_OUTPUT) or joined",
+     "second = trained.attends or joined"),
+    ("trained_weights._needed", "normed_again or trained.gradients_of(*GATE_AND_UP)", "normed_again"),
+    ("trained_weights._readers", "(*INPUTS_OF[name], ROUTER) if shares else INPUTS_OF[name]", "INPUTS_OF[name]"),
+    ("trained_weights._trained", "entered = embedding or any(", "entered = any("),
+    ("trained_weights._kept", 'if name == "router\'s scores" and trained.adapts(ROUTER):', "if False:"),
+    ("stage_bytes._trained_of", "replace(found, read=False) if unread else found", "found"),
+    ("stage_bytes._head_reads", "chunk is not None or ", "chunk is not None and "),
+    ("inner_bytes", "(routed if experts else 1)", "1"),
+) + of(
     COVERED,
+    ("stage_bytes._first_forward", "    if gathers_ahead(job):\n", "    if False:\n"),
+    ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
+    ("head_backward", "    if not trained:\n", "    if False:\n"),
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
 ) + of(
     FORWARDS,
-    ("forward_bytes._with_slices", "results + 2 * numbers.plain(own, h)", "results"),
-    ("forward_bytes._whole_experts", "+ 2 * sorted_rows", "+ sorted_rows"),
+    ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),
+    ("forward_bytes._whole_experts", "running, run.kept + back", "running, run.kept"),
     ("forward_bytes.forward_bytes", "        before += stream", "        pass"),
 ) + of(
     STATES,
@@ -146,4 +161,10 @@ DRY_RUNS = of(
     ("stage_bytes.input_bytes", "if offloads else", "if not offloads else"),
     ("stage_forward._pieces", "not job.regathers or before in (BEFORE, *FREED_BY_FORWARDS)", "True"),
     ("split_backwards", "weights is not None and before in FREED_BY_FORWARDS", "weights is not None"),
+) + of(
+    (f"{COVERED[0]}::test_the_fullest_rank_takes_what_is_planned[70]",),
+    ("Layers.of_outer", "self.embedding if", "0.0 if"),
+) + of(
+    (f"{COVERED[0]}::test_the_fullest_rank_takes_what_is_planned[16]",),
+    ("_of_mlp", "return 0", "pass"),
 )

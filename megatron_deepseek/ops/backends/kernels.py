@@ -200,7 +200,7 @@ def _gather_setup(ctx, inputs, output):
 
 
 def _gather_backward(ctx, grad):
-    """Rows that went to one place each are gathered again, as tiles if the gradient comes as tiles."""
+    """Gather rows again that went to one place each, as tiles if the gradient comes as tiles."""
     copy_of_slot, slot_of_copy = ctx.places
     if slot_of_copy.shape[1] == 1:
         return map_rows(grad.contiguous(), lambda part: gather_rows(part, slot_of_copy.flatten())), None, None
