@@ -80,8 +80,8 @@ def held_adapters(model: ModelConfig, layout: Layout, stages: Sequence[Stage], l
 
 
 class Kept(NamedTuple):
-    """Bytes of a number of a frozen weight: `router` of a router's, `element` of all others, but for what `base` keeps
-    in fewer bits.
+    """Bytes of a number of a frozen weight, or of a gathered adapter: `router` of a router's, `element` of all others,
+    but for what `base` keeps in fewer bits.
     """
 
     element: int
@@ -95,6 +95,15 @@ def held_base(model: ModelConfig, layout: Layout, stages: Sequence[Stage], kept:
     parts = [_base_of_layer(model, index, ranks, kept) for stage in stages
              for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
     return together((*parts, held_outside(model, layout, stages, kept)))
+
+
+def gathered_adapters(model: ModelConfig, layout: Layout, stages: Sequence[Stage], lora: LoraSettings, kept: Kept
+                      ) -> Held:
+    """Return the bytes that a rank which holds `stages` computes with of adapters: the router's in its dtype."""
+    ranks = _ranks(layout)
+    parts = [_bytes_of_adapters(model, index, ranks, lora, kept) for stage in stages
+             for index in (*stage.layers, *(model.num_hidden_layers + depth for depth in stage.mtp))]
+    return together(parts)
 
 
 def held_outside(model: ModelConfig, layout: Layout, stages: Sequence[Stage], kept: Kept) -> Held:
@@ -141,6 +150,17 @@ def _of_layer(model: ModelConfig, index: int, ranks: _Ranks, frozen: tuple[str, 
 def _of_adapters(model: ModelConfig, index: int, ranks: _Ranks, lora: LoraSettings) -> Held:
     adapted = (row for row in layer_rows(model, index) if is_adapted(model, row, lora))
     return _of_rows([factor for row in adapted for factor in factor_rows(row, lora.lora_rank)], ranks, ())
+
+
+@lru_cache(8192)
+def _bytes_of_adapters(model: ModelConfig, index: int, ranks: _Ranks, lora: LoraSettings, kept: Kept) -> Held:
+    axes, found = ranks.axes(), []
+    for row in layer_rows(model, index):
+        number = kept.router if row.name.endswith(ROUTER) else kept.element
+        for factor in factor_rows(row, lora.lora_rank) if is_adapted(model, row, lora) else ():
+            local = _local(factor, axes)
+            found.append(_of(factor, number * prod(local), number * ranks.missing(factor, local)))
+    return together(found)
 
 
 @lru_cache(8192)

@@ -25,6 +25,7 @@ from megatron_deepseek.planning.binary_units import with_unit
 from megatron_deepseek.planning.held_parameters import (
     Held,
     Kept,
+    gathered_adapters,
     held_adapters,
     held_base,
     held_outside,
@@ -233,12 +234,12 @@ def gathered_for_the_step(job: Job) -> bool:
 
 def gathered_weights(job: Job, stages: Sequence[Stage], outside: bool = True) -> Divided:
     """Return the bytes of the gathered weights of `stages`, with or without those that are in none of the layers."""
-    base, element = base_bytes(job, stages).padded, job.numbers.element
-    dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, _kept(job)).padded.dense)
+    base, kept = base_bytes(job, stages).padded, _kept(job)
+    dense = base.dense - (0 if outside else held_outside(job.model, job.layout, stages, kept).padded.dense)
     if job.settings.lora is None:
         return Divided(dense, base.experts)
-    adapters = held_adapters(job.model, job.layout, stages, job.settings.lora).padded
-    return Divided(dense + element * adapters.dense, base.experts + element * adapters.experts)
+    adapters = gathered_adapters(job.model, job.layout, stages, job.settings.lora, kept).padded
+    return Divided(dense + adapters.dense, base.experts + adapters.experts)
 
 
 def _others(job: Job, held: Held, pp_rank: int) -> StateParts:

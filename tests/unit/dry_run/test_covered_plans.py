@@ -14,6 +14,7 @@ from megatron_deepseek.dry_run.rank import dry_rank
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import all_ranks, worst
+from megatron_deepseek.planning.state_bytes import gathered_weights
 from megatron_deepseek.settings import Settings
 
 LENGTH, CHUNK = 4096, 1536
@@ -49,6 +50,7 @@ def settings_of(number: int, as_it_is: bool = False) -> Settings:
 
 
 def assert_as_planned(settings: Settings, within: float) -> None:
+    """Compare the peak of the rank that is planned to be the fullest."""
     layout, job = settings.layout, Job(settings, frozen_base=settings.lora is not None)
     rank = worst(all_ranks(job)).pp_rank * layout.world_size // layout.pp
     found = dry_rank(DryRun(True, False, layout.world_size), settings, rank)
@@ -65,3 +67,12 @@ def test_the_fullest_rank_takes_what_is_planned(number):
     if case.lora != "none" or case.frozen or case.trained])
 def test_with_adapters_and_frozen_weights(number):
     assert_as_planned(settings_of(number, as_it_is=True), 0.2 if number in COARSER_AS_THEY_ARE else 0.03)
+
+
+def test_a_routers_adapter_is_gathered_in_float32():
+    """With all else that is gathered for the step: to the byte."""
+    settings = settings_of(34, as_it_is=True)
+    layout, job = settings.layout, Job(settings, frozen_base=True)
+    found = dry_rank(DryRun(True, False, layout.world_size, micro_batches=1), settings, 0)
+    assert max(level.categories["gathered weights"] for level in found.timeline.levels) == gathered_weights(
+        job, [job.stages[stage] for stage in job.held(0)]).all
