@@ -6,32 +6,49 @@ weights are gone. Where weight gradients are made apart units end in W, and all 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from math import inf
+from typing import NamedTuple
 
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.held_parameters import Held, together
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
-from megatron_deepseek.planning.phases import BEGUN, FIRST, GATHERED, LAST, MIDDLE, ONLY, REDUCED, SUMMED, Turn
+from megatron_deepseek.planning.phases import (
+    BEGUN,
+    FIRST,
+    FREED_BY_FORWARDS,
+    FREED_SUMMED,
+    GATHERED,
+    KEPT,
+    LAST,
+    MIDDLE,
+    ONLY,
+    REDUCED,
+    SUMMED,
+    Turn,
+)
+from megatron_deepseek.planning.replay import Piece
 from megatron_deepseek.planning.stage_states import (
     NOTHING,
+    Gathered,
     Sizes,
     by_layer,
     made_with_inputs,
     part_of,
-    passing,
     sizes,
     trained,
 )
 from megatron_deepseek.planning.state_bytes import data_ranks
 
 
-@dataclass(frozen=True)
-class Instant:
+class Instant(NamedTuple):
     """A moment of a backward. `bytes`: of activations and their gradients, less those of the kept ones that are free
     again, and of weight gradients in the layers' dtype. `done`: parameters of the units that have ended, the last one
     of them `before`. `ending`: those of a unit that ends now: `bytes` has none of its gradients, of which the last to
-    be added is of `last` parameters. `gathered`: bytes of weights that are gathered for the moment, beside all that.
+    be added, or copied to be reduced, is of `last` parameters. `gathered`: bytes of weights that are gathered for the
+    moment, beside all that. `piece`: how many exchanges have begun before; `waits`: the next one begins now.
     """
 
     bytes: float
@@ -40,22 +57,17 @@ class Instant:
     ending: Held = NOTHING
     last: float = 0.0
     gathered: float = 0.0
-
-
-@dataclass(frozen=True)
-class Running:
-    """Bytes that exist only while an act runs, `gathered` of them weights that are gathered layer by layer."""
-
-    bytes: int
-    gathered: int = 0
+    piece: int = 0
+    waits: bool = False
 
 
 @dataclass(frozen=True)
 class Layers:
     """The layers of a stage, in their order, and what the backward has before it comes to them: `beside` is free of
     what the stage keeps outside of them, `waits` is what the head's weight gradient needs later, `head` its weight
-    gradient, which is there until the stage's backward ends, and `loss` what is there while the head's backward runs.
-    `given`: the gradient of the stage's output that was received, which is counted as such.
+    gradient, which is there until the stage's backward ends, as `embedding` is behind MTP modules, and `loss` what is
+    there while the head's backward runs. `given`: the gradient of the stage's output that was received, which is
+    counted as such.
     """
 
     each: Sequence[tuple[int, LayerBytes]]
@@ -64,6 +76,11 @@ class Layers:
     head: float
     loss: float
     given: float
+    embedding: float = 0.0
+
+    def of_outer(self, index: int) -> float:
+        """Return the bytes of gradients of weights in no layer while the backward of layer `index` runs."""
+        return self.head + (self.embedding if index != self.each[-1][0] else 0.0)
 
 
 def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: tuple[bool, bool]) -> float:
@@ -84,25 +101,33 @@ def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: 
     stays = buffer.dense * buffers_stay[0] + buffer.experts * buffers_stay[1]
     found = instant.bytes - summed * done - size.gathered * instant.done.padded.count + size.of_reduced(instant.done)
     if ending:
-        alone = size.gradient if not summed else 0
-        return found + alone * ending + (size.whole - size.gathered) * instant.ending.padded.count
+        each = summed or size.gradient
+        copied = max(each * ending, each * instant.last + size.of_output(instant.ending))
+        return found + copied - summed * ending + (size.whole - size.gathered) * instant.ending.padded.count
     return found + size.whole * stays
 
 
-def backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
-    """Return the bytes that a stage's backwards take in each turn, beside what stands before them."""
-    if job.splits_backwards:
-        return {turn: Running(round(each)) for turn, each in split_backwards(job, stage, layers).items()}
-    return whole_backwards(job, stage, layers)
-
-
-def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Running]:
-    """Return the bytes of whole backwards in each turn, where they make weight gradients layer by layer."""
+def whole_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
+    """Return the one piece of whole backwards in each turn, where they make weight gradients layer by layer."""
     size, stay = sizes(job), _buffers_stay(job)
-    course = list(_course(job, stage, layers))
-    return {Turn("B", *turn): max((Running(round(in_turn(each, turn, size, stay) + each.gathered), round(each.gathered))
-                                   for each in course), key=lambda running: running.bytes)
-            for turn in (FIRST, MIDDLE, LAST, ONLY)}
+    course, found = list(_highest(_course(job, stage, layers))), {}
+    for turn in (FIRST, MIDDLE, LAST, ONLY):
+        there = [in_turn(each, turn, size, stay) + each.gathered for each in course]
+        most = max(there)
+        found[Turn("B", *turn)] = [Piece(most, course[there.index(most)].gathered).rounded]
+    return found
+
+
+def _highest(course: Iterator[Instant]) -> Iterator[Instant]:
+    """Yield the moments that can be a whole backward's peak: of those between two ends of units the highest."""
+    best = next(course)
+    for each in course:
+        if each.ending is best.ending is NOTHING and each.before is best.before and each.done is best.done:
+            best = max(best, each, key=lambda moment: moment.bytes + moment.gathered)
+        else:
+            yield best
+            best = each
+    yield best
 
 
 def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
@@ -112,19 +137,20 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     yield Instant(layers.loss, gathered=outside)
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
-        dense, experts = _units(job, index)
+        (dense, experts), there = _units(job, index), layers.of_outer(index) - free
         if weights:
-            yield Instant(layers.head - free, done, before, gathered=weights.beginning(index))
-            yield Instant(layer.sent + layers.head - free - given, done, before,
-                          gathered=weights.gathering_experts(index))
+            yield Instant(there, done, before, gathered=weights.beginning(index))
+            yield Instant(layer.sent + there - given, done, before, gathered=weights.gathering_experts(index))
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
-            now = Instant(moment.bytes + made + layers.head - free - given * moment.given, done, before, gathered=(
-                weights.at(index, after, moment.experts_over, moment.ends) if weights else 0.0))
-            if moment.ends:
+            now = Instant(moment.bytes + made + there - given * moment.given, done, before, gathered=(
+                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0))
+            if moment.ends == "router":  # its own buffer is small
+                before = NOTHING
+            elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
                 last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
-                now = replace(now, ending=unit, last=last / 3)
+                now = now._replace(ending=unit, last=last / 3)
                 done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0
@@ -135,47 +161,71 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     yield Instant(-free, done, before, outer, outer.dense / 2)
 
 
-def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, int]:
-    """Return the bytes of backwards in each turn where weight gradients are made apart: I those of the inputs, W those
+def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
+    """Return the pieces of backwards in each turn where weight gradients are made apart: I those of the inputs, W those
     of the weights, B both, one after the other.
     """
-    size, found = sizes(job), {}
-    gathers = passing(job, stage, BEGUN).gathered.all - passing(job, stage, GATHERED).gathered.all
-    course = list(_course_of_inputs(job, stage, layers))
+    size, found, weights = sizes(job), {}, by_layer(job, stage)
+    course = list(_course_of_inputs(job, stage, layers, weights))
+    every = weights.outer + sum(each.all for each in weights.layers.values()) if weights else 0.0
     free = layers.beside + sum(each.kept for _, each in layers.each)
     waits = layers.waits + sum(each.waiting for _, each in layers.each)
-    inputs = {before: max(in_turn(each, (before, SUMMED), size, (False, False)) + (
-        gathers + each.gathered if before == GATHERED else 0) for each in course) for before in (GATHERED, SUMMED)}
-    for before, after in ((GATHERED, BEGUN), (BEGUN, BEGUN), (SUMMED, SUMMED)):
-        found[Turn("I", before, after)] = inputs[GATHERED if before == GATHERED else SUMMED]
     outer = size.sum * made_with_inputs(job, stage).count
-    for turn in (FIRST, MIDDLE, LAST, ONLY, (BEGUN, SUMMED), (BEGUN, REDUCED)):
-        before, after = turn
-        made = _made(job, stage, before != SUMMED, after == REDUCED)
-        if before != GATHERED:
-            found[Turn("W", *turn)] = made - waits
-        begun, first = outer + gathers if before == GATHERED else 0, GATHERED if before == GATHERED else SUMMED
-        found[Turn("B", *turn)] = max(inputs[first], max(waits, made) + begun - free)
-    return {turn: round(size) for turn, size in found.items()}
+
+    @cache
+    def inputs(first: bool, gathers: bool) -> list[Piece]:
+        return _pieces(course, (GATHERED if first else SUMMED, SUMMED), size, gathers)
+
+    @cache
+    def made(first: bool, last: bool) -> float:
+        return _made(job, stage, first, last)
+
+    for before in (GATHERED, BEGUN, SUMMED, *(KEPT if weights else ())):
+        first, gathers = before == GATHERED, weights is not None and before in FREED_BY_FORWARDS
+        pieces, gathered = inputs(first, gathers), every * gathers
+        found[Turn("I", before, max(KEPT.get(before, before), BEGUN))] = pieces
+        for after in (SUMMED, REDUCED):
+            of_weights = made(KEPT.get(before, before) != SUMMED, after == REDUCED)
+            last = Piece(max(waits, of_weights) + outer * first + gathered - free, gathered).rounded
+            found[Turn("B", before, after)] = [*pieces[:-1], max(pieces[-1], last)]
+            if before != GATHERED:
+                freed = FREED_SUMMED if before in KEPT and after == SUMMED else after
+                found[Turn("W", before, freed)] = [Piece(of_weights - waits).rounded]
+    return found
 
 
-def _course_of_inputs(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
-    """Yield the moments of a backward of the inputs; `gathered` is negative: weights of layers that it has not come to,
-    which are gathered in the first backward as it comes to them.
-    """
-    free, waits, given, weights = layers.beside, layers.waits, layers.given, by_layer(job, stage)
-    missing = sum(weights.layers[index].all for index, _ in layers.each) if weights else 0.0
-    yield Instant(layers.loss, gathered=-missing)
-    for index, layer in reversed(layers.each):
+def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathers: bool) -> list[Piece]:
+    """Return the pieces of a backward of the inputs in a turn. `gathers`: its weights are not there before it."""
+    found = [Piece(-inf)] * (1 + max(each.piece for each in course))
+    for each in course:
+        gathered = each.gathered * gathers
+        there, piece = in_turn(each, turn, size, (False, False)) + gathered, found[each.piece]
+        if there > piece.most:
+            piece = piece._replace(most=there, weights=gathered)
+        found[each.piece] = piece._replace(left=there, weights_left=gathered) if each.waits else piece
+    return [piece.rounded for piece in found]
+
+
+def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | None) -> Iterator[Instant]:
+    """Yield the moments of a backward of the inputs. What it gathers stays."""
+    later, began, upwards = weights.outer if weights else 0.0, 0, [index for index, _ in reversed(layers.each)]
+    yield Instant(layers.loss, gathered=later)
+    free, waits, given = layers.beside, layers.waits, layers.given
+    for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
+        there, behind = layers.of_outer(index) - free + waits, began + layer.gathers_behind
         if weights:
-            missing -= weights.layers[index].all
-            again = weights.gathering_experts(index) - weights.outer - weights.layers[index].all
-            yield Instant(layer.sent + again + layers.head - free + waits - given, gathered=-missing)
+            beyond = later - weights.outer
+            yield Instant(there, gathered=beyond + weights.beginning(index), piece=began)
+            yield Instant(layer.sent + there - given, gathered=beyond + weights.gathering_experts(index), piece=behind)
         for moment in layer.moments:
-            yield Instant(moment.bytes + layers.head - free + waits - given * moment.given, gathered=-missing)
+            piece = began + moment.piece
+            gathered = beyond + weights.at(index, after, piece < behind, "") if weights else 0.0
+            yield Instant(moment.bytes + there - given * moment.given, gathered=gathered, piece=piece,
+                          waits=moment.waits)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0
+        began, later = began + layer.exchanges, later + (weights.layers[index].all if weights else 0.0)
     outer = made_with_inputs(job, stage)
-    yield Instant(waits - free, ending=outer, last=outer.dense / 2)
+    yield Instant(waits - free, ending=outer, last=outer.dense / 2, gathered=later, piece=began)
 
 
 def _made(job: Job, stage: int, first: bool, last: bool) -> float:
@@ -234,8 +284,12 @@ def _units_of_stage(job: Job, stage: int) -> list[Held]:
 
 
 def _of_mlp(job: Job, index: int) -> int:
-    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank."""
+    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank, where these are its last: an
+    MTP module ends with a norm.
+    """
     model = job.model
+    if index >= model.num_hidden_layers:
+        return 0
     width = model.n_shared_experts * model.moe_intermediate_size if model.is_moe_layer(index) else \
         model.intermediate_size
     return 3 * model.hidden_size * width // job.layout.tp

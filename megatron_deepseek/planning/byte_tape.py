@@ -20,7 +20,8 @@ class Backward:
     """A moment of a layer's backward. `bytes`: what exists then, less those of the layer's kept ones that are free
     again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
     the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
-    "experts" or "layer"; `experts_over`: that of routed experts has ended before.
+    "experts", "router" or "layer"; `ended`: the one of these that has ended last. `piece`: how many exchanges have
+    begun before; `waits`: the next one begins now.
     """
 
     bytes: float
@@ -28,7 +29,9 @@ class Backward:
     experts: float = 0.0
     given: bool = True
     ends: str = ""
-    experts_over: bool = False
+    ended: str = ""
+    piece: int = 0
+    waits: bool = False
 
 
 class Tape:
@@ -42,7 +45,8 @@ class Tape:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
         self._deferred, self._numbers = deferred, numbers
-        self._now, self._dense, self._experts, self._given, self._over = 0.0, 0.0, 0.0, True, False
+        self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
+        self._piece = 0
         self.moments: list[Backward] = []
 
     def make(self, size: float) -> None:
@@ -149,12 +153,16 @@ class Tape:
         """Mark the end of a unit of FSDP, whose weight gradients are then no longer in the layers' dtype."""
         if self._deferred:
             return
-        self.moments.append(Backward(self._now, self._dense if unit == "experts" else 0.0, 0.0, self._given, unit,
-                                     self._over))
-        if unit == "experts":
-            self._experts, self._over = 0.0, True
-        else:
-            self._dense = 0.0
+        dense, experts = (0.0 if unit == "layer" else self._dense), (0.0 if unit == "experts" else self._experts)
+        self.moments.append(Backward(self._now, dense, experts, self._given, unit, self._ended, self._piece))
+        self._dense, self._experts, self._ended = dense, experts, unit
 
-    def _note(self) -> None:
-        self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._over))
+    def exchange(self, number: int) -> None:
+        """Begin so many exchanges, one after the other, and wait for each while another run computes."""
+        for _ in range(number):
+            self._note(waits=True)
+            self._piece += 1
+
+    def _note(self, waits: bool = False) -> None:
+        self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
+                                     waits))

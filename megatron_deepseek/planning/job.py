@@ -11,7 +11,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.actions import DUAL_PIPE, Act, actions, held_stages, num_stages
-from megatron_deepseek.planning.layer_shapes import LayerShapes, Traffic
+from megatron_deepseek.planning.layer_shapes import Exchanges, LayerShapes, Traffic
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
 from megatron_deepseek.planning.node_reach import expected_nodes, nodes_of_experts
@@ -82,11 +82,36 @@ class Job:
         return self.layout.pp > 1 and self.schedule in SPLIT
 
     @property
-    def pairs_overlap(self) -> bool:
-        """Return whether the two runs of a pair may be at their peaks together; otherwise one follows the other."""
-        communication = self.settings.communication
-        return (self.engine.name != OURS.name or self.schedule == DUAL_PIPE
-                or communication.overlap_moe_expert_parallel_comm)
+    def pairs_at_once(self) -> bool:
+        """Return whether the two runs of a pair may be at their peaks at once; in this project's engine they follow
+        each other or take turns.
+        """
+        return self.engine.name != OURS.name or self.schedule == DUAL_PIPE
+
+    @property
+    def regathers(self) -> bool:
+        """Return whether forwards free a stage's weights, and backwards gather them until the next forward."""
+        return self.splits_backwards and self.freed_by_forwards
+
+    @property
+    def freed_by_forwards(self) -> bool:
+        """Return whether each forward frees the weights that it has gathered."""
+        return self.settings.run.sharding == "optim_grads_params" and self.engine.gradient_apart
+
+    @property
+    def exchanges(self) -> Exchanges:
+        """Return how often a layer's run begins to exchange rows and leaves the turn to the other run of its pair. In
+        FP8 codes and scales are exchanged one after the other; between nodes rows' weights and experts are, too.
+        """
+        communication, layout = self.settings.communication, self.layout
+        if self.pairs_at_once or not communication.overlap_moe_expert_parallel_comm or layout.ep == 1:
+            return Exchanges()
+        parts, across, within = 1 + self.numbers.fp8, 0, 1
+        if communication.moe_token_dispatcher_type == "grouped":
+            nodes = nodes_of_experts(layout, communication.moe_ranks_per_node or layout.world_size)
+            across, within = int(nodes > 1), int(layout.ep > nodes)
+        return Exchanges(across * (parts + 2) + within * parts, within + across, across + within * parts,
+                         within + 2 * across)
 
     def held(self, pp_rank: int) -> list[int]:
         """Return the stages of a pipeline rank."""
@@ -104,7 +129,7 @@ class Job:
 
     def shapes(self, imbalance: float | None = None) -> LayerShapes:
         """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean, which
-        forced balance and experts' capacity bound.
+        forced balance and experts' capacity bound. Fine-tuning's rows are taken as one conversation each.
         """
         settings, loss, communication = self.settings, self.settings.loss, self.settings.communication
         even, capacity = loss.moe_router_force_load_balancing, loss.moe_expert_capacity_factor
@@ -113,10 +138,11 @@ class Job:
         node = communication.moe_ranks_per_node or self.layout.world_size
         traffic = Traffic(communication.moe_token_dispatcher_type,
                           expected_nodes(self.model, self.layout, node, even), nodes_of_experts(self.layout, node),
-                          factor)
+                          factor, self.exchanges)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
-                           settings.data.reset_attention_mask, self.engine.weighs_before,
+                           settings.data.reset_attention_mask and settings.fine_tuning is None,
+                           self.engine.weighs_before,
                            1.0 if capacity is None else min(1.0, capacity))
 
     def layers_of(self, stage: int) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
     exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
     where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
-    and `gathering` what there is of the forward then, beside what is kept.
+    behind `gathers_behind` exchanges, and `gathering` what there is of the forward then, less all that it will keep.
     """
 
     kept: float
@@ -44,6 +44,12 @@ class LayerBytes:
     waiting: float
     sent: float
     gathering: float = 0.0
+    gathers_behind: int = 0
+
+    @property
+    def exchanges(self) -> int:
+        """Return how many exchanges a backward begins."""
+        return max(each.piece for each in self.moments)
 
     @property
     def backward(self) -> float:
@@ -98,11 +104,12 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     if moe:
         unsaved = mode.full or mode.offloaded
         first = unsaved_bytes(shapes, all_kept, trained) if unsaved else forward_bytes(shapes, held, trained)
-        forward, gathering = max(0.0, first.most - here), max(0.0, first.gathering - here)
+        forward, gathering = max(0.0, first.most - here), first.gathering - here
+        behind = shapes.traffic.exchanges.out if mode.full else shapes.traffic.exchanges.to_experts
     else:
-        gathering = 0.0
+        gathering, behind = 0.0, 0
         forward = buffers(shapes) + (host if mode.offloaded else total(whole) - kept if mode.full else 0.0)
-    return LayerBytes(here, host, forward, moments, waiting, sent, gathering)
+    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind)
 
 
 def _sum(kept: Iterable[Kept]) -> float:

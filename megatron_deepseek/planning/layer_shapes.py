@@ -4,6 +4,7 @@ The counts themselves stand in activations.py and attention_activations.py.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.parallel.layout import Layout
@@ -26,6 +27,17 @@ class Kept:
     for_again: str | None = None
 
 
+class Exchanges(NamedTuple):
+    """How often a run leaves the turn to the other one of its pair: a forward with rows on their way to experts (`out`)
+    and back, a backward with gradients on their way `to_experts` and `home`. All 0 where no other computes meanwhile.
+    """
+
+    out: int = 0
+    back: int = 0
+    to_experts: int = 0
+    home: int = 0
+
+
 @dataclass(frozen=True)
 class Traffic:
     """How tokens reach their experts. `dispatcher`: alltoall, allgather or grouped; `nodes`: on how many of `all_nodes`
@@ -36,6 +48,7 @@ class Traffic:
     nodes: float = 1.0
     all_nodes: int = 1
     imbalance: float = 1.0
+    exchanges: Exchanges = Exchanges()
 
 
 @dataclass(frozen=True)

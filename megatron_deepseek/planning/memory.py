@@ -72,8 +72,8 @@ def rank_memory(job: Job, pp_rank: int, imbalance: float = 1.0, task: Task = PRE
                           most.host, extra)
     shapes, held = job.shapes(imbalance), job.held(pp_rank)
     stages = {stage: stage_bytes(job, stage, shapes) for stage in held}
-    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()}, job.pairs_overlap,
-                  arrived(job, pp_rank))
+    peak = replay(job.actions(pp_rank), {stage: each.replayed for stage, each in stages.items()}, job.pairs_at_once,
+                  arrived(job, pp_rank), job.regathers)
     states, activations = states_at(job, most, peak), peak.bytes - peak.states - peak.arrived - peak.gathered
     allocated = states.device + peak.arrived + activations + sum(extra.values())
     host = most.host + sum(stages[stage].host * count for stage, count in peak.in_flight.items())

@@ -30,14 +30,14 @@ def enough_micro_batches(pp: int, micro_batches: int, rounds: int = _LONG) -> in
 
 
 @lru_cache(4096)
-def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int, early: bool = True
-                  ) -> tuple[Moment, ...]:
+def worst_moments(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int, early: bool = True,
+                  regathers: bool = False) -> tuple[Moment, ...]:
     """Return the moments of a rank that can be its peak: of those with the same runs and phases the ones that no other
-    one is above in every count. `early`: receives are started as torch's schedules start them.
+    one is above in every count. `early`: receives are started as torch's schedules start them; `regathers`: Job's.
     """
     held = held_stages(schedule, pp, virtual, rank)
     acts = actions(schedule, pp, virtual, micro_batches, rank)
-    found = moments(acts, held, arrived_in_acts(schedule, pp, virtual, micro_batches, rank, early))
+    found = moments(acts, held, arrived_in_acts(schedule, pp, virtual, micro_batches, rank, early), regathers)
     distinct = {(_running(each), each.during.counts): each for each in found}
     best: dict[tuple, list[Moment]] = {}
     for each in sorted(distinct.values(), key=lambda moment: -sum(moment.during.counts)):
@@ -125,9 +125,13 @@ class RankCosts:
         sizes = [self.stage(each)[1] for each in bounds]
         found = worst_moments(self.job.schedule, self.pp, self.virtual,
                               enough_micro_batches(self.pp, self.job.micro_batches), rank,
-                              self.job.engine.receives_early)
+                              self.job.engine.receives_early, self.job.regathers)
+        running, at_once = {}, self.job.pairs_at_once
+        for moment in found:
+            if moment.runs not in running:
+                running[moment.runs] = moment.running(sizes, at_once)[0]
         return self.standing(rank, bounds) + max(
-            sum(moment.bytes(sizes, self.job.pairs_overlap)) for moment in found)
+            sum(moment.during.bytes(sizes)) + running[moment.runs] for moment in found)
 
     def needed(self, allocated: float) -> float:
         """Return what a GPU may need where so much is allocated."""

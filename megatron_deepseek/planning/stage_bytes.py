@@ -12,13 +12,14 @@ from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.planning.activations import embedding, norm, total
 from megatron_deepseek.planning.actions import actions, held_stages
 from megatron_deepseek.planning.arrivals import waiting_in_acts
-from megatron_deepseek.planning.backward_bytes import Layers, Running, backwards
+from megatron_deepseek.planning.backward_bytes import Layers, split_backwards, whole_backwards
+from megatron_deepseek.planning.stage_forward import forwards
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes, layer_bytes
 from megatron_deepseek.planning.layer_shapes import LayerShapes
-from megatron_deepseek.planning.phases import BEFORE, GATHERED, SUMMED, Turn
-from megatron_deepseek.planning.replay import StageBytes
+from megatron_deepseek.planning.phases import BEFORE, GATHERED, Turn
+from megatron_deepseek.planning.replay import Piece, StageBytes
 from megatron_deepseek.planning.stage_states import (
     by_layer,
     gathers_ahead,
@@ -57,33 +58,25 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     beside = sum(size for _, size in beside_layers(job, stage, shapes))
     kept = beside + sum(each.kept for each in layers)
     waiting = sum(each.waiting for each in layers) + head_waiting(job, stage, shapes) if job.splits_backwards else 0.0
+    backwards = split_backwards if job.splits_backwards else whole_backwards
     made = backwards(job, stage, _layers_of_backward(job, stage, shapes, layers, beside))
-    forward = _forward(job, stage, shapes, layers, beside)
-    gathers = {turn: each.gathered for turn, each in made.items()}
-    gathers |= dict.fromkeys((Turn("F", BEFORE, GATHERED), Turn("F", GATHERED, GATHERED), Turn("F", SUMMED, SUMMED)),
-                             forward.gathered)
-    in_turn = {turn: each.bytes for turn, each in made.items()}
-    in_turn[Turn("F", BEFORE, GATHERED)] = max(forward.bytes, round(_first_forward(job, stage, layers, kept, beside)))
-    replayed = StageBytes(kept, waiting, forward.bytes, states=states_of_phases(job, stage), gathers=gathers,
-                          in_turn=in_turn, **received_bytes(job, stage, shapes))
+    made |= forwards(job, stage, tuple(zip(job.layers_of(stage), layers)), beside, head_of_forward(job, stage, shapes))
+    states, first = states_of_phases(job, stage), Turn("F", BEFORE, GATHERED)
+    gathered = _first_forward(job, stage, layers, kept, beside) + states[GATHERED] - states[BEFORE]
+    made[first] = [*made[first][:-1], max(made[first][-1], Piece(round(gathered)))]
+    worst = {turn: max(pieces) for turn, pieces in made.items()}
+    replayed = StageBytes(kept, waiting, states=states, in_turn={turn: each.most for turn, each in worst.items()},
+                          gathers={turn: each.weights for turn, each in worst.items()},
+                          pieces={turn: pieces for turn, pieces in made.items() if len(pieces) > 1},
+                          **received_bytes(job, stage, shapes))
     return StageMemory(replayed, sum(each.host for each in layers))
 
 
-def _forward(job: Job, stage: int, shapes: LayerShapes, layers: Sequence[LayerBytes], beside: float) -> Running:
-    """Return the bytes that exist only while a forward runs, beside all that it keeps."""
-    weights, behind = None if job.splits_backwards else by_layer(job, stage), beside
-    outer = weights.outer if weights else 0.0
-    found = [(outer, outer)]
-    if job.stages[stage].loss and job.engine.logit_bytes is None:
-        found.append((head_forward(shapes, chunk_of(shapes, job.settings.loss.loss_chunk_size)) + outer, outer))
-    for index, each in zip(reversed(job.layers_of(stage)), reversed(layers)):
-        gathered = weights.forward(index) if weights else 0.0
-        found.append((each.forward + gathered - behind, gathered))
-        if weights and weights.layers[index].experts:
-            gathered = weights.gathering_experts(index)
-            found.append((each.gathering + gathered - behind, gathered))
-        behind += each.kept
-    return Running(*map(round, max(found)))
+def head_of_forward(job: Job, stage: int, shapes: LayerShapes) -> float:
+    """Return the bytes that exist only while a stage's forward makes the loss."""
+    if not job.stages[stage].loss or job.engine.logit_bytes is not None:
+        return 0.0
+    return head_forward(shapes, chunk_of(shapes, job.settings.loss.loss_chunk_size))
 
 
 def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: float, beside: float) -> float:
@@ -115,9 +108,10 @@ def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Seque
     head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
     several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
     given = received_bytes(job, stage, shapes)["returning"]
-    free = beside - output_bytes(job, stage, shapes)  # torch's stage holds its output until its backward has ended
-    return Layers(tuple(zip(job.layers_of(stage), layers)), free, head_waiting(job, stage, shapes),
-                  head, head_backward(shapes, chunk, of_head > 0) + several if own else 0.0, given)
+    embedding = sizes(job).gradient * trained(job, Stage(True, (), (), False)).dense if part.mtp else 0.0
+    held = input_bytes(job, stage, shapes) + output_bytes(job, stage, shapes)  # by torch, until the backward has ended
+    return Layers(tuple(zip(job.layers_of(stage), layers)), beside - held, head_waiting(job, stage, shapes),
+                  head, head_backward(shapes, chunk, of_head > 0) + several if own else 0.0, given, embedding)
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:
@@ -136,9 +130,18 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
         each = total(head(shapes, chunk, predictions)) if job.engine.logit_bytes is None else \
             shapes.whole * (model.vocab_size // job.layout.tp) * job.engine.logit_bytes
         yield "head", predictions * each
-    output = output_bytes(job, stage, shapes)
-    if output:
-        yield "output of the stage", output
+    for name, size in (("input of the stage", input_bytes(job, stage, shapes)),
+                       ("output of the stage", output_bytes(job, stage, shapes))):
+        if size:
+            yield name, size
+
+
+def input_bytes(job: Job, stage: int, shapes: LayerShapes) -> float:
+    """Return the bytes of what a stage received, if its first layer sends its own input to the host: torch's stage
+    keeps it beside the copy there.
+    """
+    offloads = bool(stage and job.stages[stage].layers) and job.modes_of(stage)[0].offloaded
+    return received_bytes(job, stage, shapes)["arriving"] if offloads else 0.0
 
 
 def _trained_of(job: Job, stage: int, index: int, shapes: LayerShapes) -> Trained:

@@ -17,7 +17,7 @@ from megatron_deepseek.parallel.schedule_rules import VIRTUAL_STAGES
 from megatron_deepseek.planning.head import chunk_of
 from megatron_deepseek.planning.held_parameters import Held, held_adapters, held_parameters
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.phases import BEFORE, BEGUN, GATHERED, PHASES, REDUCED, SUMMED
+from megatron_deepseek.planning.phases import BEFORE, BEGUN, FREED_BY_FORWARDS, GATHERED, KEPT, PHASES, REDUCED, SUMMED
 from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_for_the_step, gathered_weights
 
 NOTHING = Held(0, 0)
@@ -40,7 +40,8 @@ class Passing:
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a parameter: `gradient` in the layers' dtype, `gathered`, `sum` (0 where nothing is summed), `whole` in
-    the buffer that is reduced, and `reduced` of a dense one and of one of routed experts, on the device.
+    the buffer that is reduced, and, of a dense one and of one of routed experts, `reduced` on the device and `output`,
+    what the reduction gives beside that buffer.
     """
 
     gradient: int
@@ -48,6 +49,11 @@ class Sizes:
     sum: int
     whole: int
     reduced: tuple[float, float]
+    output: tuple[float, float]
+
+    def of_output(self, held: Held) -> float:
+        """Return the bytes of what a reduction gives before anything is sent to the host."""
+        return held.padded.dense * self.output[0] + held.padded.experts * self.output[1]
 
     def of_reduced(self, held: Held) -> float:
         """Return the bytes of reduced gradients."""
@@ -57,12 +63,13 @@ class Sizes:
 def sizes(job: Job) -> Sizes:
     """Return what a parameter takes in this project's engine, and nothing in others."""
     if not job.engine.gradient_apart:
-        return Sizes(0, 0, 0, 0, (0.0, 0.0))
+        return Sizes(0, 0, 0, 0, (0.0, 0.0), (0.0, 0.0))
     engine, ranks = job.engine, data_ranks(job)
     here = 0 if job.settings.offload.optimizer_cpu_offload else engine.reduced
     return Sizes(job.numbers.element, job.numbers.element if gathered_for_the_step(job) else 0,
                  int(engine.gradient) if sums(job) else 0, int(engine.gradient),
-                 (here / ranks[0], here / ranks[1]))
+                 tuple(here / each for each in ranks),
+                 tuple(engine.reduced / each if each > 1 else 0.0 for each in ranks))
 
 
 def sums(job: Job) -> bool:
@@ -81,22 +88,16 @@ def passing(job: Job, stage: int, phase: int) -> Passing:
     gathered = gathered_weights(job, part) if gathered_for_the_step(job) else Divided()
     if phase == BEFORE:
         return Passing(_gathered_ahead(job, gathered))
-    if phase == GATHERED and freed_by_forwards(job):
+    if job.freed_by_forwards and phase in FREED_BY_FORWARDS:
         gathered = Divided()
+    phase = KEPT.get(phase, phase)
     held = {GATHERED: NOTHING, BEGUN: made_with_inputs(job, stage), SUMMED: trained(job, job.stages[stage])}[phase]
     return Passing(gathered, Divided(size.sum * held.dense, size.sum * held.experts))
 
 
-def freed_by_forwards(job: Job) -> bool:
-    """Return whether each forward frees the weights that it has gathered. Where weight gradients are made apart they
-    stay from the first backward on, until another forward; they are taken to stay to the end.
-    """
-    return job.settings.run.sharding == "optim_grads_params" and job.engine.gradient_apart
-
-
 def states_of_phases(job: Job, stage: int) -> tuple[int, ...]:
-    """Return the bytes of a stage in each phase."""
-    return tuple(round(passing(job, stage, phase).all) for phase in PHASES)
+    """Return the bytes of a stage in each phase, 0 in those that its job does not know."""
+    return tuple(round(passing(job, stage, phase).all) if job.regathers or phase not in KEPT else 0 for phase in PHASES)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Gathered:
 
 def by_layer(job: Job, stage: int) -> Gathered | None:
     """Return the weights of a stage that are gathered unit by unit, None where they stay for the step."""
-    if not freed_by_forwards(job):
+    if not job.freed_by_forwards:
         return None
     dense, experts = data_ranks(job)
     layers = {index: gathered_weights(job, [part_of(job, index)], outside=False) for index in job.layers_of(stage)}

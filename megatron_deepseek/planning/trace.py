@@ -53,7 +53,8 @@ def _memory(step: StepTime, rank: int, acts: list) -> Iterator[dict]:
     standing = memory.peak_bytes - memory.peak.bytes
     shapes = job.shapes()
     stages = {stage: stage_bytes(job, stage, shapes).replayed for stage in job.held(rank)}
-    for (during, behind), span in zip(levels(acts, stages, job.pairs_overlap, arrived(job, rank)), step.spans[rank]):
+    found = levels(acts, stages, job.pairs_at_once, arrived(job, rank), job.regathers)
+    for (during, behind), span in zip(found, step.spans[rank]):
         for when, size in ((span.start, during), (span.end, behind)):
             yield {"ph": "C", "pid": rank, "name": "memory", "ts": when * 1e6,
                    "args": {"GiB": round((standing + size) / 2**30, 3)}}

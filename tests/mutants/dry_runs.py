@@ -13,11 +13,16 @@ COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
 FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
+ENCODING = ("tests/unit/ops/fp8/test_fp8.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
+KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
 STATES = ("tests/unit/planning/test_state_bytes.py",)
 FORWARDS = (f"{UNIT}test_planned_forwards.py",)
 COVERED = (f"{UNIT}test_covered_plans.py",)
+EXCHANGES = (f"{UNIT}test_exchanges.py",)
+REPLAY = ("tests/unit/planning/test_replay.py",)
+REDUCTIONS = ("tests/unit/planning/test_backward_bytes.py",)
 TRAINED = ("tests/unit/planning/test_trained_weights.py",)
 
 DRY_RUNS = of(
@@ -36,12 +41,12 @@ DRY_RUNS = of(
     ("stage_bytes._first_forward", "    if gathers_ahead(job):\n", "    if False:\n"),
     ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
     ("head_backward", "    if not trained:\n", "    if False:\n"),
+    ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
-    ("layer_moments", "more = again.most - ", "more = 0 * again.most - "),
 ) + of(
     FORWARDS,
-    ("forward_bytes._with_slices", "results + 2 * numbers.plain(own, h)", "results"),
-    ("forward_bytes._whole_experts", "+ sorted_rows + _across(shapes)", "+ _across(shapes)"),
+    ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),
+    ("forward_bytes._whole_experts", "running, run.kept + back", "running, run.kept"),
     ("forward_bytes.forward_bytes", "        before += stream", "        pass"),
 ) + of(
     STATES,
@@ -78,6 +83,17 @@ DRY_RUNS = of(
     PLAIN,
     ("plain_experts._dense", "out[0].copy_(weight.form.dense(weight.codes[0], weight.scales[0], dtype))", "pass"),
 ) + of(
+    KNOWN,
+    ("KnownResults.of", "if not _makes_new_tensors(operator):", "if False:"),
+    ("KnownResults.of", "torch.get_default_dtype(), ", ""),
+    ("known_results._key", "return type(value), value", "return value"),
+    ("known_results._key", "value.shape, value.stride(), value.dtype", "value.shape, value.dtype"),
+    ("known_results._are_whole", "len(storages) == len(made) and ", ""),
+    ("known_results._are_whole", "not storages & of_arguments and ", ""),
+    ("known_results._are_whole", "== each.untyped_storage().nbytes() for each in made", "> 0 for each in made"),
+    ("known_results._form", "result.stride(), ", "torch.empty(result.shape, device='meta').stride(), "),
+    ("known_results._form", "type(result)(map", "list(map"),
+) + of(
     REAL,
     ("_Keeps.wait", "self._running.discard(self)", "pass"),
     ("NothingComputed.__torch_dispatch__", "return args[0]  # as", "return args[0].clone()  # as"),
@@ -101,11 +117,18 @@ DRY_RUNS = of(
 ) + of(
     FP8_PEAKS,
     ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
-    ("backward_tape._arrive", "tape.make(wide + got)", "tape.make(got)"),
-    ("backward_tape._attend", "+ padded + results)\n        tape.drop(padded", "+ results)\n        tape.drop(0.0"),
+    ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
+    ("backward_tape._attend", "make(padded + results", "make(results"),
+    ("backward_tape._down", "of_gradient if as_tiles else 2 * of_gradient", "2 * of_gradient"),
+    ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
+    ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
+    ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
     ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
-    ("_layers_of_backward", "beside - output_bytes(job, stage, shapes)", "beside"),
+    ("_layers_of_backward", "beside - held", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
+) + of(
+    ENCODING,
+    ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),
 ) + of(
     BYTE_TAPE,
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),
@@ -113,4 +136,36 @@ DRY_RUNS = of(
     ("Tape.products_of_swiglu", "0.0 if self._deferred else count * each", "count * each"),
     ("Tape._weigh_input", "columns += of_input", "pass"),
     ("Tape.weigh", "self.drop(rows)", "pass"),
+) + of(
+    EXCHANGES,
+    ("Job.exchanges", "across * (parts + 2)", "across * parts"),
+    ("Job.exchanges", "within + 2 * across", "within + across"),
+    ("Job.exchanges", "int(layout.ep > nodes)", "1"),
+    ("Job.exchanges", "1 + self.numbers.fp8", "1"),
+    ("backward_tape._experts", "tape.exchange(shapes.traffic.exchanges.home)", "pass"),
+    ("layer_moments", "tape.exchange(number * model", "tape.exchange(0 * model"),
+) + of(
+    REPLAY,
+    ("taking_turns", "left[me] = piece.left, piece.weights_left", "left[me] = piece.most, piece.weights"),
+    ("Moment.running", "and not together", ""),
+    ("phases._behind", "return FREED[before] if regathers and before in FREED else", "return"),
+    ("phases._behind", "max(KEPT.get(before, before), BEGUN)", "max(before, BEGUN)"),
+    ("phases._behind", 'FREED_SUMMED if run.kind == "W" and before in KEPT else SUMMED', "SUMMED"),
+) + of(
+    REDUCTIONS,
+    ("backward_bytes.in_turn", " + size.of_output(instant.ending)", ""),
+    ("backward_bytes.in_turn", "+ copied - summed * ending", "+ copied"),
+    ("Tape.exchange", "self._piece += 1", "pass"),
+) + of(
+    COVERED,
+    ("backward_tape._experts", 'tape.end("router")', "pass"),
+    ("stage_bytes.input_bytes", "if offloads else", "if not offloads else"),
+    ("stage_forward._pieces", "not job.regathers or before in (BEFORE, *FREED_BY_FORWARDS)", "True"),
+    ("split_backwards", "weights is not None and before in FREED_BY_FORWARDS", "weights is not None"),
+) + of(
+    (f"{COVERED[0]}::test_the_fullest_rank_takes_what_is_planned[70]",),
+    ("Layers.of_outer", "self.embedding if", "0.0 if"),
+) + of(
+    (f"{COVERED[0]}::test_the_fullest_rank_takes_what_is_planned[16]",),
+    ("_of_mlp", "return 0", "pass"),
 )

@@ -22,6 +22,10 @@ RUNS = {
     "V3 itself, layers recomputed": (2048, 1920, "--fp8-format e4m3 --pipeline-model-parallel-size 16 "
                                                  "--pipeline-schedule DualPipeV --expert-model-parallel-size 64 "
                                                  "--global-batch-size 15360 --recompute-granularity full"),
+    "DualPipeV, runs that take turns, by the layer": (
+        32, 8, "--num-layers 16 --pipeline-model-parallel-size 4 --pipeline-schedule DualPipeV "
+               "--overlap-moe-expert-parallel-comm --expert-model-parallel-size 8 --global-batch-size 64 "
+               "--data-parallel-sharding-strategy optim_grads_params"),
     "context ring": (32, 0, "--num-layers 4 --pipeline-model-parallel-size 2 --context-parallel-size 2 "
                             "--expert-model-parallel-size 8 --global-batch-size 32"),
 }

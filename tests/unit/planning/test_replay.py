@@ -2,8 +2,19 @@
 
 import pytest
 
-from megatron_deepseek.planning.actions import actions, held_stages
-from megatron_deepseek.planning.replay import StageBytes, most_in_flight, replay
+from megatron_deepseek.planning.actions import Run, actions, held_stages
+from megatron_deepseek.planning.phases import (
+    BEFORE,
+    BEGUN,
+    FREED_BEGUN,
+    FREED_SUMMED,
+    GATHERED,
+    REDUCED,
+    SUMMED,
+    Turn,
+    turns,
+)
+from megatron_deepseek.planning.replay import Piece, StageBytes, most_in_flight, replay, taking_turns
 
 
 def in_flight(schedule: str, pp: int, virtual_stages: int, micro_batches: int) -> list[int]:
@@ -45,3 +56,37 @@ def test_a_pair_is_at_its_worst():
     plain, paired = (replay(acts, {stage: StageBytes(10, backward=backward) for stage in (0, 3)})
                      for backward in (0, 7))
     assert plain.bytes == 10 * most_in_flight(acts, (0, 3)) and paired.bytes == plain.bytes + 7
+
+
+@pytest.mark.parametrize("one, other, expected", [
+    ([Piece(5)], [Piece(7)], (7, 0)),  # one follows the other
+    ([Piece(5, left=2)], [Piece(7, left=-4)], (9, 0)),
+    # 5 | 1 + 2 | 8 + 3 | 2 + 6 | -1: while the one is at its peak of 8 the other has 3 left, not its peak of 7
+    ([Piece(5, left=2), Piece(8, left=-1)], [Piece(1, left=3), Piece(7, left=0)], (11, 0)),
+    # 5 | 1 + 2 | 2 + 0 | 4 + 3 | 9 + 3: the one that has ended leaves the other alone
+    ([Piece(5, left=2), Piece(2, left=3)], [Piece(1, left=0), Piece(4, left=3), Piece(9)], (12, 0)),
+    ([Piece(5, 1, 2, -3)], [Piece(7, 4)], (9, 1))])
+def test_runs_that_take_turns(one, other, expected):
+    """By hand, piece by piece; the second number is how many of the bytes are weights."""
+    assert taking_turns(one, other) == expected
+
+
+def test_a_pair_is_at_its_peaks_at_once_only_if_it_may_be():
+    """Both stages need 7 more while they run, so either both do or the one and then the other."""
+    acts = actions("DualPipeV", 2, 2, 4, 0)
+    sizes = {stage: StageBytes(10, forward=7, backward=7) for stage in (0, 3)}
+    at_once, in_turn = (replay(acts, sizes, together).bytes for together in (True, False))
+    assert at_once == in_turn + 7 == 10 * most_in_flight(acts, (0, 3)) + 14
+
+
+def test_weights_come_back_with_a_backward_and_go_with_a_forward():
+    """A stage whose forwards free its weights, with a forward between two backwards, and between I and W."""
+    acts = [(Run(kind, 0, number),) for kind, number in
+            (("F", 0), ("F", 1), ("I", 0), ("F", 2), ("W", 0), ("B", 1), ("F", 3), ("I", 2), ("W", 2), ("B", 3))]
+    found = [turn for (turn,) in turns(acts, regathers=True)]
+    assert found == [
+        Turn("F", BEFORE, GATHERED), Turn("F", GATHERED, GATHERED), Turn("I", GATHERED, BEGUN),
+        Turn("F", BEGUN, FREED_BEGUN), Turn("W", FREED_BEGUN, FREED_SUMMED), Turn("B", FREED_SUMMED, SUMMED),
+        Turn("F", SUMMED, FREED_SUMMED), Turn("I", FREED_SUMMED, SUMMED), Turn("W", SUMMED, SUMMED),
+        Turn("B", SUMMED, REDUCED)]
+    assert not {FREED_BEGUN, FREED_SUMMED} & {phase for (turn,) in turns(acts) for phase in turn[1:]}
