@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.distributed import Work
 
 from megatron_deepseek.dry_run.host_shards import shards_on_host
+from megatron_deepseek.dry_run.known_results import KnownResults
 from megatron_deepseek.dry_run.plain_experts import one_expert_for_all
 from megatron_deepseek.ops.backends.kernels import FAKES, NAMESPACE
 from megatron_deepseek.torch_private import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -49,6 +50,7 @@ class NothingComputed(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.stands_for_accelerator = stands_for_accelerator
         self._works: set[_Keeps] = set()
+        self._known = KnownResults()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is _aten._local_scalar_dense.default and types:
@@ -57,6 +59,8 @@ class NothingComputed(FakeTensorMode):
             return args[0]  # as in a job; torch's function for fake tensors makes a new one
         if not types and operator is not _OF_NUMBERS and _on_host((args, kwargs or {})):
             return operator(*args, **(kwargs or {}))
+        if operator.namespace == "profiler":
+            return operator(*args, **(kwargs or {}))  # it marks a time, and has no tensors
         if types and self._are_plain(operator, args, kwargs or {}):
             try:
                 return self._shapes(operator, args, kwargs or {})
@@ -66,8 +70,12 @@ class NothingComputed(FakeTensorMode):
         return self._keeping(operator, result, args) if operator.namespace == "c10d" else result
 
     def _are_plain(self, operator, args, kwargs) -> bool:
-        """Return whether an operator has fake tensors alone, and gives such on their device."""
-        if operator.namespace not in ("aten", NAMESPACE) or operator in _BY_TORCH or kwargs.get("device") is not None:
+        """Return whether an operator has fake tensors alone, and gives such on their device; the fakes of our own
+        operators take any, such as tables of RoPE with numbers.
+        """
+        if operator.namespace == NAMESPACE:
+            return True
+        if operator.namespace != "aten" or operator in _BY_TORCH or kwargs.get("device") is not None:
             return False
         given = (*args, *kwargs.values())
         return all(isinstance(each, FakeTensor) and not each.is_meta for each in _tensors(given))
@@ -77,9 +85,12 @@ class NothingComputed(FakeTensorMode):
         questions and its cache take several times as long, and a step of V3 has a hundred thousand operators.
         """
         function = FAKES[operator.overloadpacket.__name__] if operator.namespace == NAMESPACE else operator
-        with in_kernel_invocation_manager(self):
-            result = function(*args, **kwargs)
-        return self._wrapped(result)
+
+        def compute():
+            with in_kernel_invocation_manager(self):
+                return function(*args, **kwargs)
+
+        return self._wrapped(self._known.of(operator, args, kwargs, compute))
 
     def _wrapped(self, result):
         if isinstance(result, FakeTensor):

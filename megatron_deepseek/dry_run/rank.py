@@ -43,13 +43,13 @@ def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes:
 
 def batch_of(settings: Settings) -> Batch:
     """Return one data rank's rows of a global batch, with nothing in particular in them. Where attention stays within
-    documents each row has two of the same length.
+    documents every other row is one document, of which attention needs most, and those between are two.
     """
     rows, length = settings.batch.global_batch_size // settings.layout.dp, settings.data.seq_length
     documents = None
     if settings.data.reset_attention_mask and settings.fine_tuning is None:
         with unset_fake_temporarily():  # they stay on the host, which reads where they end
-            documents = (torch.arange(length) * 2 // length).repeat(rows, 1)
+            documents = (torch.arange(rows) % 2).unsqueeze(1) * (torch.arange(length) * 2 // length)
     return Batch(tokens_BS=torch.zeros((rows, length), dtype=torch.int64),
                  labels_BS=torch.zeros((rows, length), dtype=torch.int64), weights_BS=torch.ones((rows, length)),
                  documents_BS=documents)

@@ -103,6 +103,7 @@ class BlockwiseAttention(torch.autograd.Function):
                         for total, place, gradient in zip((grad_q_BNSD, grad_k, grad_v), (queries, keys, keys),
                                                           map(part.read, gradients)):
                             total[place] += gradient
+                        del gradients, gradient  # before the next part makes its own
                     return grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
                 yield gradient_of_block(block, owner, made, ctx.projection, through_attention, block_needed) if parts \

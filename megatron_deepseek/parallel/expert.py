@@ -157,21 +157,27 @@ def agree_on_counts(outgoing_E: torch.Tensor, exchange: Exchange, shared: ShareC
     return outgoing_E, incoming_re, shared(incoming_re.sum(0))
 
 
-def run_experts(rows_RH: torch.Tensor, counts: RowCounts, experts: Experts, exchange: Exchange,
-                to_experts: Encode = unchanged, keys_R: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+def run_experts(make_rows: Callable[[], torch.Tensor], device: torch.device, counts: RowCounts, experts: Experts,
+                exchange: Exchange, to_experts: Encode = unchanged, keys_R: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, int]:
     """Send rows, sorted by the group's experts, to their experts' ranks and return the results in the same order, and
     how many of the rows were sent to other nodes. Keys are sent with their rows.
+
+    `make_rows` returns the rows [R, H], on `device`. Nobody holds them, or those that arrive, longer than the next
+    function needs: they are not there while experts compute.
     """
     local = len(counts.outgoing_E) // exchange.group.size()
     sent = [sum(counts.outgoing_E[start:start + local]) for start in range(0, len(counts.outgoing_E), local)]
     received = [sum(of_rank) for of_rank in counts.incoming_re]
-    rows_QH = exchange(rows_RH, sent, received)
-    order_Q = _group_by_expert(send(counts.incoming_re, rows_RH.device), sum(received))
+    order_Q = _group_by_expert(send(counts.incoming_re, device), sum(received))
     inverse_Q = invert(order_Q)
     keys_Q = None if keys_R is None else exchange(keys_R, sent, received)[order_Q]
-    results_QH = experts(permute(rows_QH, order_Q, inverse_Q), counts.shared_se, keys_Q)
-    results_QH = permute(results_QH, inverse_Q, order_Q)
-    return exchange(results_QH, received, sent, to_experts), exchange.cross_node_sends(sent)
+
+    def results():
+        return experts(permute(exchange(make_rows(), sent, received), order_Q, inverse_Q), counts.shared_se, keys_Q)
+
+    back = exchange(permute(results(), inverse_Q, order_Q), received, sent, to_experts)
+    return back, exchange.cross_node_sends(sent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +201,13 @@ class AllToAllDispatcher:
                  keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         counts_E, *others = route.read()
         copies = route.choices.cut(counts_E)
-        rows_RH, keys_R, cross_node_sends = copy_rows(x_TH, copies), copy_keys(keys_T, copies), 0
+        keys_R, cross_node_sends = copy_keys(keys_T, copies), 0
         if self.mesh.size() == 1:
-            rows_RH = experts(rows_RH, *others, keys_R)
+            rows_RH = experts(copy_rows(x_TH, copies), *others, keys_R)
         else:
-            rows_RH, cross_node_sends = run_experts(rows_RH, RowCounts(counts_E, *others), experts, self._exchange,
-                                                    self.to_experts, keys_R)
+            rows_RH, cross_node_sends = run_experts(
+                lambda: copy_rows(x_TH, copies), x_TH.device, RowCounts(counts_E, *others), experts, self._exchange,
+                self.to_experts, keys_R)
         return sum_copies(rows_RH, weights_TK, copies), cross_node_sends
 
     @property

@@ -6,6 +6,7 @@ It is one all-gather and one reduce-scatter of whole tokens, with no sizes to ag
 Shapes: T tokens of this rank, G = ep*T of the group, K top-k, H hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +40,24 @@ class AllGatherDispatcher:
 
     def __call__(self, x_TH: torch.Tensor, route: Route, weights_TK: torch.Tensor, experts: Experts,
                  keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
-        size = self.mesh.size()
-        if size == 1:
-            return _serve(x_TH, route, weights_TK, experts, keys_T), 0
+        if self.mesh.size() == 1:
+            return _serve(lambda: x_TH, route, weights_TK, experts, keys_T), 0
         group, sent = self.mesh.get_group(), self.counter.everyone
-        x_GH, weights_GK = (gather_sum(each, 0, group, sent) for each in (x_TH, weights_TK))
-        keys_G = None
+        weights_GK, keys_G = gather_sum(weights_TK, 0, group, sent), None
         if keys_T is not None:
             sent(group, keys_T)
             keys_G = all_gather(keys_T, 0, group)
-        y_GH = _serve(x_GH, route, weights_GK, experts, keys_G)
-        return scatter_sum(y_GH, 0, group, sent), self.counter.divide(group, [len(x_TH)] * size).across_nodes
+        y_GH = _serve(lambda: gather_sum(x_TH, 0, group, sent), route, weights_GK, experts, keys_G)
+        cross_node_sends = self.counter.divide(group, [len(x_TH)] * self.mesh.size()).across_nodes
+        return scatter_sum(y_GH, 0, group, sent), cross_node_sends
 
 
-def _serve(x_GH: torch.Tensor, route: Route, weights_GK: torch.Tensor, experts: Experts,
+def _serve(gather_GH: Callable[[], torch.Tensor], route: Route, weights_GK: torch.Tensor, experts: Experts,
            keys_G: torch.Tensor | None) -> torch.Tensor:
-    """Return the part of each token's sum that this rank's experts make."""
+    """Return the part of each token's sum that this rank's experts make. `gather_GH` returns the tokens, which nothing
+    holds while experts compute.
+    """
     counts_e, counts_se = route.read()
     copies = route.choices.cut(counts_e)
-    y_RH = experts(copy_rows(x_GH, copies), counts_se, copy_keys(keys_G, copies))
+    y_RH = experts(copy_rows(gather_GH(), copies), counts_se, copy_keys(keys_G, copies))
     return sum_copies(y_RH, weights_GK, copies)

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_deepseek.device import start_read
-from megatron_deepseek.ops.copies import SortedChoices, copy_keys, copy_rows, sort_choices, sum_copies
+from megatron_deepseek.ops.copies import Copies, SortedChoices, copy_keys, copy_rows, sort_choices, sum_copies
 from megatron_deepseek.ops.permute import count_choices
 from megatron_deepseek.parallel.expert import (
     DROPPED,
@@ -66,11 +66,16 @@ class GroupedDispatcher:
                  keys_T: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         counts_N, received, *inside = route.read()
         copies, across = route.choices.cut(counts_N), self._across
-        rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], route.experts_TK[copies.row_R]]
-        x_QH, weights_QK, experts_QK = (across(row, counts_N, received) for row in rows)
-        keys_Q = None if keys_T is None else across(copy_keys(keys_T, copies), counts_N, received)
-        y_QH = self._on_this_node(x_QH, experts_QK, weights_QK, experts, RowCounts(*inside), keys_Q)
-        y_RH = across(y_QH, received, counts_N)
+        parts = (weights_TK[copies.row_R], route.experts_TK[copies.row_R], copy_keys(keys_T, copies))
+        weights_QK, experts_QK, keys_Q = (None if each is None else across(each, counts_N, received) for each in parts)
+        within, counts = self._within_node(experts_QK, inside[0]), RowCounts(*inside)
+
+        def make_rows():  # nobody holds what crosses nodes either
+            return copy_rows(across(copy_rows(x_TH, copies), counts_N, received), within)
+
+        y_RH, _ = run_experts(make_rows, x_TH.device, counts, experts, self._within, self.to_experts,
+                              copy_keys(keys_Q, within))
+        y_RH = across(sum_copies(y_RH, weights_QK, within), received, counts_N)
         ones = torch.ones_like(copies.place_QK, dtype=y_RH.dtype)
         return sum_copies(y_RH, ones, copies), across.cross_node_sends(counts_N)
 
@@ -91,10 +96,7 @@ class GroupedDispatcher:
         nodes_N = torch.arange(num_nodes, device=experts_TK.device)
         return sort_choices(nodes_N.where(needed_TN[:, :num_nodes], DROPPED), num_nodes)
 
-    def _on_this_node(self, x_QH, experts_QK, weights_QK, experts: Experts, counts: RowCounts, keys_Q) -> torch.Tensor:
-        """Return the part of each row's sum that this node's experts make."""
+    def _within_node(self, experts_QK: torch.Tensor, outgoing_E: list[int]) -> Copies:
+        """Return the copies of rows that came to this node for its experts."""
         number = self.num_experts // self.levels.across.size()
-        copies = sort_choices(experts_QK - self.levels.across.get_local_rank() * number, number).cut(counts.outgoing_E)
-        rows, _ = run_experts(copy_rows(x_QH, copies), counts, experts, self._within, self.to_experts,
-                              copy_keys(keys_Q, copies))
-        return sum_copies(rows, weights_QK, copies)
+        return sort_choices(experts_QK - self.levels.across.get_local_rank() * number, number).cut(outgoing_E)

@@ -50,7 +50,6 @@ class ExpertTensorParallel:
         if group.size() == 1:
             return mlp(rows_RH, *counts_re, keys_R)
         longest = max(map(sum, counts_re))
-        rows_GH = gather_sum(F.pad(rows_RH, (0, 0, 0, longest - len(rows_RH))), 0, group, self.counter.everyone)
         of_rank = _expert_of_row(send(counts_re, rows_RH.device), longest)
         counts_e = [sum(counts) for counts in zip(*counts_re)]
         copies = sort_choices(of_rank, len(counts_e)).cut(counts_e)
@@ -59,9 +58,11 @@ class ExpertTensorParallel:
             padded_M = F.pad(keys_R, (0, longest - len(keys_R)))
             self.counter.everyone(group, padded_M)
             keys_G = all_gather(padded_M, 0, group)
-        y = mlp(copy_rows(rows_GH, copies), copies.counts, copy_keys(keys_G, copies))
-        y_GH = sum_copies(y, y.new_ones(len(rows_GH), 1), copies)
-        return F.pad(scatter_sum(y_GH, 0, group, self.counter.everyone), (0, 0, 0, len(rows_RH) - longest))
+        missing, everyone = longest - len(rows_RH), self.counter.everyone
+        y = mlp(copy_rows(gather_sum(F.pad(rows_RH, (0, 0, 0, missing)), 0, group, everyone), copies), copies.counts,
+                copy_keys(keys_G, copies))  # nothing holds what was gathered
+        y_GH = sum_copies(y, y.new_ones(longest * group.size(), 1), copies)
+        return F.pad(scatter_sum(y_GH, 0, group, everyone), (0, 0, 0, -missing))
 
 
 def _expert_of_row(counts_re: torch.Tensor, longest: int) -> torch.Tensor:

@@ -79,9 +79,9 @@ def _norm(tape: Tape, stream: float, source: str) -> None:
 
 
 def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: float, experts: bool = False,
-          received: bool = False) -> None:
+          received: bool = False, as_tiles: bool = False) -> None:
     """Go back through the product behind SwiGLU, and SwiGLU, to the gradients of gate and up. FP8 makes those as tiles,
-    and SwiGLU's output again.
+    and SwiGLU's output again. `as_tiles`: the gradient is there in 1x128 tiles alone.
     """
     source, tiles, of_gradient = f"{name}: gate and up", tape.tiles(hidden), tape.tiles(gradient)
     if not tiles:
@@ -92,11 +92,11 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         tape.free(source)
         return
     tape.use(source)
-    for made in (2 * of_gradient, hidden, 4 * tiles, tiles):
+    for made in (of_gradient if as_tiles else 2 * of_gradient, hidden, 4 * tiles, tiles):
         tape.make(made)
     tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
     tape.free(source)
-    tape.drop(hidden, 0.0 if received else gradient)
+    tape.drop(hidden, 0.0 if received or as_tiles else gradient)
 
 
 def _mlp(tape: Tape, shapes: LayerShapes, width: int, stream: float) -> None:
@@ -131,9 +131,11 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
         tape.drop(tape.size_of(joined))
         tape.free(joined)
     tape.make(sent)
+    # FP8's gradients travel as tiles, and stay such to the product, but with `allgather`.
+    as_tiles = numbers.fp8 and layout.ep > 1 and shapes.traffic.dispatcher != "allgather"
     if layout.ep > 1 or layout.etp > 1:
-        _arrive(tape, shapes, sent, got)
-    _down(tape, "experts", got, hidden, of_expert / 3, experts=True)
+        _arrive(tape, shapes, sent, got, as_tiles)
+    _down(tape, "experts", got, hidden, of_expert / 3, experts=True, as_tiles=as_tiles)
     if not numbers.fp8:
         tape.make(2 * hidden)
         tape.drop(2 * hidden)
@@ -161,26 +163,16 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     tape.drop(2 * token, *([stream] if model.n_shared_experts else []))
 
 
-def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float) -> None:
-    """Go back to the experts' ranks: gradients are sent, and sorted by expert. In FP8 tiles are sent, but not by
-    `allgather`, and plain rows are sorted, which are made of the tiles in float32.
-    """
-    if not shapes.numbers.fp8 or shapes.layout.ep == 1 or shapes.traffic.dispatcher == "allgather":
-        tape.make(got)
-        tape.exchange(shapes.traffic.exchanges.to_experts)
-        tape.drop(sent)
-        tape.make(got)
-        tape.drop(got)
-        return
-    wide = got / shapes.numbers.element * shapes.numbers.wide
-    tape.make(tape.tiles(sent))
-    tape.make(tape.tiles(got))
+def _arrive(tape: Tape, shapes: LayerShapes, sent: float, got: float, as_tiles: bool) -> None:
+    """Go back to the experts' ranks: gradients are sent, and sorted by expert."""
+    if as_tiles:
+        tape.make(tape.tiles(sent))
+    arrived = tape.tiles(got) if as_tiles else got
+    tape.make(arrived)
     tape.exchange(shapes.traffic.exchanges.to_experts)
-    tape.drop(tape.tiles(sent), sent)
-    tape.make(wide + got)
-    tape.drop(wide)
-    tape.make(got)
-    tape.drop(got, tape.tiles(got))
+    tape.drop(sent, tape.tiles(sent) if as_tiles else 0.0)
+    tape.make(arrived)
+    tape.drop(arrived)
 
 
 def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> None:
@@ -195,10 +187,10 @@ def _latent(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: bool) -> 
         _blocks(tape, shapes, keys, keys, values, numbers.plain(whole, both), keys)
         tape.product(None, 0.0, latent, model.kv_lora_rank * both)
     else:
-        _attend(tape, shapes, values, (keys, keys, values), model.qk_head_dim / model.v_head_dim)
+        beyond = _attend(tape, shapes, values, (keys, keys, values), model.qk_head_dim / model.v_head_dim)
         made = numbers.plain(whole, both)
         tape.make(made)
-        tape.drop(values, keys)
+        tape.drop(values, beyond, keys)
         tape.product("normed key-value latent", made, latent, model.kv_lora_rank * both)
     tape.make(keys)
     tape.drop(keys)
@@ -245,27 +237,35 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
 
 
 def _attend(tape: Tape, shapes: LayerShapes, output: float, gradients: tuple[float, float, float], wider: float
-            ) -> None:
+            ) -> float:
     """Go back through attention at once, from the gradient of its output to `gradients`, those of queries, keys and
-    values, which are there afterwards. `wider`: the keys' width over the values'.
+    values, which are there afterwards. `wider`: the keys' width over the values'. Return the bytes that the values'
+    gradient has beyond its own width.
 
-    The FP8 recipe (ops/fp8/attention.py) calls the kernel itself: with copies of the output, made of E5M6, and of its
-    gradient, with both and the values as wide as keys, and with room for its results, which are then copied.
+    The FP8 recipe (ops/fp8/attention.py) calls the kernel itself: with the output, made of E5M6; with copies of it, of
+    its gradient and of the values that are as wide as keys; and, within documents, with copies of the results.
     """
     tape.use("queries", "keys", "values", "attention's output")
+    beyond = 0.0
     if not shapes.numbers.fp8:
         tape.make(sum(gradients))
     else:
         values = gradients[-1] * wider
         padded = 2 * output * wider + values if wider != 1 else 0.0
-        tape.make(3 * output)
-        tape.drop(output)
         results = gradients[0] + gradients[1] + values
-        tape.make(sum(gradients) + padded + results)
-        tape.drop(padded + results, 2 * output)
+        tape.make(output)
+        if shapes.packed:  # row by row: their results are copied to one place
+            tape.make(sum(gradients) + (padded + results) / shapes.sequences)
+            tape.drop((padded + results) / shapes.sequences)
+        else:
+            tape.make(padded + results)
+            tape.drop(padded)
+            beyond = values - gradients[-1]
+        tape.drop(output)
     tape.drop(output)
     tape.free("queries", "keys", "values", "attention's output as computed")
     tape.free_unless_deferred("attention's output")
+    return beyond
 
 
 def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, width: int) -> None:
@@ -281,18 +281,21 @@ def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, 
 def _blocks(tape: Tape, shapes: LayerShapes, queries: float, keys: float, values: float, projected: float,
             padded: float) -> None:
     """Go back through attention by blocks (parallel/blockwise_attention.py): keys and values of each rank's tokens are
-    made again; the gradient of queries is summed in float32. In FP8 the output is made of its E5M6.
+    made again; the gradient of queries is summed in float32. In FP8 the output is made of its E5M6. The kernel takes
+    packed rows one by one.
     """
     wide, output = queries / shapes.numbers.element * shapes.numbers.wide, values if projected else queries
     restored, tiles = output if shapes.numbers.fp8 else 0.0, 2 * tape.tiles(projected)
     tape.use("queries", "attention's output")
     tape.make(restored + wide)
-    pads = 3 * padded if keys != values else 0.0
+    at_once = 1 / shapes.sequences if shapes.packed else 1.0
+    pads = 3 * padded * at_once if keys != values else 0.0
+    results = pads or (queries + keys + values) * at_once
     made = keys + values if projected else 0.0
     tape.make(projected + made)
     tape.drop(projected)
-    tape.make(keys + values + pads + (3 * padded if pads else queries + keys + values))
-    tape.drop(pads + (3 * padded if pads else queries + keys + values))
+    tape.make(keys + values + pads + results)
+    tape.drop(pads + results)
     tape.make(projected + tiles)
     tape.drop(projected, tiles, made)
     tape.drop(keys + values)

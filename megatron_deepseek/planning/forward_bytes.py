@@ -1,8 +1,8 @@
 """What a layer with routed experts has on the device while its forward runs, or runs again in its backward.
 
 By then it has made all that it keeps of attention, of shared experts and of the router. Rows go to the experts' ranks,
-are sorted by expert, and come back the same way: the dispatchers (parallel/expert.py and those beside it) hold what
-they have sent and received until results are back, whether or not a backward needs it.
+are sorted by expert, and come back the same way. What was sent, gathered or received is freed as soon as it is sorted
+(parallel/expert.py and the files beside it).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,12 +107,9 @@ def _whole_experts(shapes: LayerShapes, run: _Run) -> Forward:
         return Forward(before + sorted_rows, before + max(running, run.kept + results + token))
     if shapes.traffic.dispatcher == "allgather":
         tokens = numbers.plain(shapes.own * layout.ep, h)
-        held, behind = before + tokens, run.kept + results + tokens + token
-        return Forward(held + sorted_rows, held + max(running, behind))
-    copies = _copies(shapes)
-    held = before + numbers.product_input(copies, h) + sorted_rows + _across(shapes)
-    back = max(2 * results, results + numbers.plain(copies, h))  # sorted as they came, and sent back
-    return Forward(held + sorted_rows, held + max(running, run.kept + back))
+        return Forward(before + sorted_rows, before + max(running, run.kept + tokens + max(results, token)))
+    back = max(2 * results, results + numbers.plain(_copies(shapes), h))  # sorted as they came, and sent back
+    return Forward(before + sorted_rows, before + max(running, run.kept + back))
 
 
 def _with_slices(shapes: LayerShapes, run: _Run) -> Forward:
@@ -121,13 +118,9 @@ def _with_slices(shapes: LayerShapes, run: _Run) -> Forward:
     """
     numbers, h, layout = shapes.numbers, shapes.model.hidden_size, shapes.layout
     gathered, own = _rows(shapes), _rows(shapes) / layout.etp
-    sent = numbers.plain(_copies(shapes), h) + numbers.plain(own, h) if layout.ep > 1 else 0.0
-    if layout.ep > 1 and shapes.traffic.dispatcher == "allgather":
-        sent = numbers.plain(shapes.own * layout.ep, h)
-    held = run.before + sent + numbers.plain(own, h) + _across(shapes)
-    everyones = results = numbers.plain(gathered, h)
-    behind = run.kept + 2 * results + 2 * numbers.plain(own, h)
-    return Forward(held, held + everyones + max(run.at_most(shapes, gathered), behind))
+    held = run.before + numbers.plain(own, h)
+    behind = run.kept + 2 * numbers.plain(gathered, h) + 2 * numbers.plain(own, h)
+    return Forward(held, held + max(run.at_most(shapes, gathered), behind))
 
 
 def _copies(shapes: LayerShapes) -> float:
@@ -137,10 +130,3 @@ def _copies(shapes: LayerShapes) -> float:
 def _rows(shapes: LayerShapes) -> float:
     """Return how many rows this rank's experts get."""
     return _copies(shapes) * shapes.layout.etp * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
-
-
-def _across(shapes: LayerShapes) -> float:
-    """Return the bytes of tokens that are sent to other nodes, and received from them, under `grouped`."""
-    if shapes.layout.ep == 1 or shapes.traffic.dispatcher != "grouped":
-        return 0.0
-    return 2 * shapes.numbers.plain(shapes.own * shapes.traffic.nodes, shapes.model.hidden_size)

@@ -129,7 +129,7 @@ class Job:
 
     def shapes(self, imbalance: float | None = None) -> LayerShapes:
         """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean, which
-        forced balance and experts' capacity bound.
+        forced balance and experts' capacity bound. Fine-tuning's rows are taken as one conversation each.
         """
         settings, loss, communication = self.settings, self.settings.loss, self.settings.communication
         even, capacity = loss.moe_router_force_load_balancing, loss.moe_expert_capacity_factor
@@ -141,7 +141,8 @@ class Job:
                           factor, self.exchanges)
         return LayerShapes(self.model, self.layout, settings.batch.micro_batch_size, settings.data.seq_length,
                            self.numbers, traffic, loss.balance_type != "none", loss.balance_type == "seq_aux_loss",
-                           settings.data.reset_attention_mask, self.engine.weighs_before,
+                           settings.data.reset_attention_mask and settings.fine_tuning is None,
+                           self.engine.weighs_before,
                            1.0 if capacity is None else min(1.0, capacity))
 
     def layers_of(self, stage: int) -> tuple[int, ...]:

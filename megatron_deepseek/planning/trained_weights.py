@@ -1,4 +1,4 @@
-"""Which of a layer's weights are trained, and what is not kept where some are not.
+"""The trained weights of a layer, and what is not kept where some are frozen.
 
 A product whose weight is frozen does not keep its input, and a layer below everything that is trained keeps nothing. An
 adapter (LoRA) reads the input of its weight, which is kept for it as for the weight; with dropout the input without the

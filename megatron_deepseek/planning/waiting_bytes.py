@@ -107,9 +107,10 @@ def attention_products(shapes: LayerShapes, apart: bool = True) -> Iterator[Prod
                   form(stream, model.kv_lora_rank + model.qk_rope_head_dim))
     if model.q_lora_rank:
         yield Product(("self_attn.q_a_proj.weight",), stream, h, form(stream, model.q_lora_rank))
-    if shapes.layout.cp == 1 or not apart:
-        yield Product((VALUE,), whole, model.kv_lora_rank,
-                      form(whole, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim)))
+    # The first context rank makes keys and values of all ranks' tokens (parallel/block_mask.py), which all wait.
+    seen = whole * (shapes.layout.cp if apart else 1)
+    yield Product((VALUE,), seen, model.kv_lora_rank,
+                  form(seen, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim)))
 
 
 def expert_rows(shapes: LayerShapes) -> float:

@@ -52,9 +52,9 @@ ADAPTERS = of(
     ("TensorParallel.stream_keys", "self.own_keys(keys_BS) if self.sequence_parallel else keys_BS",
      "keys_BS if keys_BS is None or not self.sequence_parallel else keys_BS.chunk(self.size, SEQUENCE_DIM)[0]"),
     ("run_experts", "exchange(keys_R, sent, received)[order_Q]", "exchange(keys_R, sent, received)"),
-    ("expert_gather.AllGatherDispatcher.__call__", "all_gather(keys_T, 0, group)", "keys_T.repeat(size)"),
-    ("GroupedDispatcher.__call__", "across(copy_keys(keys_T, copies), counts_N, received)",
-     "keys_T[torch.arange(len(x_QH)) % len(keys_T)]"),
+    ("expert_gather.AllGatherDispatcher.__call__", "all_gather(keys_T, 0, group)", "keys_T.repeat(self.mesh.size())"),
+    ("GroupedDispatcher.__call__", "copy_keys(keys_T, copies))\n",
+     "keys_T if keys_T is None else keys_T[torch.arange(len(copies.row_R)) % len(keys_T)])\n"),
     ("ExpertTensorParallel.__call__", "all_gather(padded_M, 0, group)", "padded_M.repeat(group.size())"),
     ("UpProjections.weights", "tuple(self.w_kvb.parameters())", "(self.w_kvb.weight,)"),
 ) + of(

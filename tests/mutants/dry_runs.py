@@ -13,7 +13,9 @@ COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
 FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
+ENCODING = ("tests/unit/ops/fp8/test_fp8.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
+KNOWN = (f"{UNIT}test_known_results.py",)
 REAL = ("tests/parallel/test_dry_run.py",)
 STATES = ("tests/unit/planning/test_state_bytes.py",)
 FORWARDS = (f"{UNIT}test_planned_forwards.py",)
@@ -43,8 +45,8 @@ DRY_RUNS = of(
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,
-    ("forward_bytes._with_slices", "results + 2 * numbers.plain(own, h)", "results"),
-    ("forward_bytes._whole_experts", "+ sorted_rows + _across(shapes)", "+ _across(shapes)"),
+    ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),
+    ("forward_bytes._whole_experts", "running, run.kept + back", "running, run.kept"),
     ("forward_bytes.forward_bytes", "        before += stream", "        pass"),
 ) + of(
     STATES,
@@ -81,6 +83,17 @@ DRY_RUNS = of(
     PLAIN,
     ("plain_experts._dense", "out[0].copy_(weight.form.dense(weight.codes[0], weight.scales[0], dtype))", "pass"),
 ) + of(
+    KNOWN,
+    ("KnownResults.of", "if not _makes_new_tensors(operator):", "if False:"),
+    ("KnownResults.of", "torch.get_default_dtype(), ", ""),
+    ("known_results._key", "return type(value), value", "return value"),
+    ("known_results._key", "value.shape, value.stride(), value.dtype", "value.shape, value.dtype"),
+    ("known_results._are_whole", "len(storages) == len(made) and ", ""),
+    ("known_results._are_whole", "not storages & of_arguments and ", ""),
+    ("known_results._are_whole", "== each.untyped_storage().nbytes() for each in made", "> 0 for each in made"),
+    ("known_results._form", "result.stride(), ", "torch.empty(result.shape, device='meta').stride(), "),
+    ("known_results._form", "type(result)(map", "list(map"),
+) + of(
     REAL,
     ("_Keeps.wait", "self._running.discard(self)", "pass"),
     ("NothingComputed.__torch_dispatch__", "return args[0]  # as", "return args[0].clone()  # as"),
@@ -104,11 +117,18 @@ DRY_RUNS = of(
 ) + of(
     FP8_PEAKS,
     ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
-    ("backward_tape._arrive", "tape.make(wide + got)", "tape.make(got)"),
-    ("backward_tape._attend", "+ padded + results)\n        tape.drop(padded", "+ results)\n        tape.drop(0.0"),
+    ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
+    ("backward_tape._attend", "make(padded + results", "make(results"),
+    ("backward_tape._down", "of_gradient if as_tiles else 2 * of_gradient", "2 * of_gradient"),
+    ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
+    ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
+    ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
     ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
     ("_layers_of_backward", "beside - held", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
+) + of(
+    ENCODING,
+    ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),
 ) + of(
     BYTE_TAPE,
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),

@@ -163,23 +163,21 @@ EXPERT = of(
 
 GATHERED = of(
     ("tests/unit/parallel/test_dispatch.py", *LAYOUTS),
-    ("AllGatherDispatcher.__call__", "for each in (x_TH, weights_TK))", "for each in (x_TH, weights_TK.detach()))"),
+    ("AllGatherDispatcher.__call__", "gather_sum(weights_TK, 0", "gather_sum(weights_TK.detach(), 0"),
     ("AllGatherDispatcher.route", "self.mesh.get_local_rank() * mine",
      "(self.mesh.size() - 1 - self.mesh.get_local_rank()) * mine"),
-    ("AllGatherDispatcher.__call__", "_serve(x_TH, route, weights_TK, experts,",
-     "_serve(x_TH, route, weights_TK.detach(), experts,"),
-    ("AllGatherDispatcher.__call__", "_serve(x_TH, route, weights_TK, experts,",
-     "_serve(x_TH, route, 2 * weights_TK, experts,"),
+    ("AllGatherDispatcher.__call__", "_serve(lambda: x_TH, route, weights_TK, experts,",
+     "_serve(lambda: x_TH, route, weights_TK.detach(), experts,"),
+    ("AllGatherDispatcher.__call__", "_serve(lambda: x_TH, route, weights_TK, experts,",
+     "_serve(lambda: x_TH, route, 2 * weights_TK, experts,"),
 )
 
 GROUPED = of(
     (*TRAFFIC, *LAYOUTS),
     ("GroupedDispatcher._one_for_each_node", ".where(experts_TK != DROPPED, num_nodes)",
      ".where(experts_TK != DROPPED, 0)"),
-    ("GroupedDispatcher.__call__",
-     "rows = [copy_rows(x_TH, copies), weights_TK[copies.row_R], route.experts_TK[copies.row_R]]",
-     "rows = [copy_rows(x_TH, copies), weights_TK.detach()[copies.row_R], route.experts_TK[copies.row_R]]"),
-    ("GroupedDispatcher._on_this_node", "experts_QK - self.levels.across.get_local_rank() * number", "experts_QK"),
+    ("GroupedDispatcher.__call__", "parts = (weights_TK[copies.row_R],", "parts = (weights_TK.detach()[copies.row_R],"),
+    ("GroupedDispatcher._within_node", "experts_QK - self.levels.across.get_local_rank() * number", "experts_QK"),
     ("GroupedDispatcher._one_for_each_node", "nodes_N.where(needed_TN[:, :num_nodes], DROPPED)",
      "nodes_N.where(needed_TN[:, :num_nodes], 0)"),
 ) + of(
@@ -190,7 +188,7 @@ GROUPED = of(
 SLICES = of(
     LAYOUTS,
     ("_expert_of_row", "right=True).flatten()", "right=False).flatten()"),
-    ("ExpertTensorParallel.__call__", "rows_GH = gather_sum(F.pad(", "rows_GH = gather_sum(0.5 * F.pad("),
+    ("ExpertTensorParallel.__call__", "gather_sum(F.pad(", "gather_sum(0.5 * F.pad("),
 )
 
 SHARED = of(

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_deepseek.ops.fp8.block_scaled import map_rows
+from megatron_deepseek.ops.permute import gather_rows
+
 NAMESPACE = "megatron_deepseek"
 LIBRARY = Path(__file__).parents[1] / "libmegatron_deepseek.so"
 SOURCES = Path(__file__).parents[3] / "csrc"
@@ -197,6 +200,10 @@ def _gather_setup(ctx, inputs, output):
 
 
 def _gather_backward(ctx, grad):
+    """Gather rows again that went to one place each, as tiles if the gradient comes as tiles."""
+    copy_of_slot, slot_of_copy = ctx.places
+    if slot_of_copy.shape[1] == 1:
+        return map_rows(grad.contiguous(), lambda part: gather_rows(part, slot_of_copy.flatten())), None, None
     return operator("combine_rows")(grad.contiguous(), *ctx.places, None), None, None
 
 

@@ -6,6 +6,8 @@ the linear after it. Both read the same E5M6 tensors. The linear's forward multi
 Shapes: B batch, S queries and keys, N heads, D query and key width, V value width.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,9 @@ from megatron_deepseek.ops.documents import Documents
 from megatron_deepseek.ops.fp8 import encoding
 from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
 from megatron_deepseek.ops.fp8.e5m6 import dequantize_e5m6, quantize_e5m6
+
+
+_WHOLE = [...]  # the squares of attention over whole rows
 
 
 class E5M6Output(Output):
@@ -47,11 +52,9 @@ class _Attention(torch.autograd.Function):
         shape = *q_BSND.shape[:-1], v_BSNV.shape[-1]
         grad, out = (_heads(x, shape) for x in (grad_BSV, E5M6Output().restore(kept, grad_BSV)))
         q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BSND, v_BSNV))
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
-        for place in ctx.squares:
-            parts = attend_backward(grad[place], q[place], k[place], v[place], out[place], lse_BNS[place], ctx.scores)
-            for gradient, part in zip(gradients, parts):
-                gradient[place] = part
+        parts = (attend_backward(grad[place], q[place], k[place], v[place], out[place], lse_BNS[place], ctx.scores)
+                 for place in ctx.squares)
+        gradients = next(parts) if ctx.squares == _WHOLE else _joined((q, k, v), ctx.squares, parts)
         return *(x.transpose(1, 2) for x in gradients), None, None, None
 
 
@@ -62,15 +65,27 @@ def _empty_results(q_BNSD: torch.Tensor, v_BNSV: torch.Tensor) -> tuple[torch.Te
     return out_BSNV.transpose(1, 2), q_BNSD.new_empty(B, N, S, dtype=wide)
 
 
+def _joined(like: tuple[torch.Tensor, ...], squares: list, parts: Iterable[tuple[torch.Tensor, ...]]
+            ) -> list[torch.Tensor]:
+    """Return tensors like `like`, of which `parts` are those at `squares`."""
+    whole = [torch.empty_like(x) for x in like]
+    for place, of_square in zip(squares, parts, strict=True):
+        for x, part in zip(whole, of_square, strict=True):
+            x[place] = part
+    return whole
+
+
 def _heads(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return x [B, S, N * width] as [B, N, S, V] for the `shape` [B, S, N, V], with zeros where V is wider."""
+    """Return a view of x [B, S, N * width] as [B, N, S, V], or a copy with zeros where V is wider; `shape`: B, S, N, V.
+    """
     x_BSNW = x.reshape(*shape[:-1], -1)
-    return F.pad(x_BSNW, (0, shape[-1] - x_BSNW.shape[-1])).transpose(1, 2)
+    missing = shape[-1] - x_BSNW.shape[-1]
+    return (F.pad(x_BSNW, (0, missing)) if missing else x_BSNW).transpose(1, 2)
 
 
 def attention(q_BSND: torch.Tensor, k_BSND: torch.Tensor, v_BSNV: torch.Tensor, documents: Documents | None,
               scale: float, width: int) -> torch.Tensor:
     """Return what ops/attention.py's `attention` returns, [B, S, N * width], as E4M3 tiles with power-of-two scales."""
-    squares = [...] if documents is None else [
+    squares = _WHOLE if documents is None else [
         (slice(row, row + 1), slice(None), place) for row, places in enumerate(documents.rows) for place in places]
     return _Attention.apply(q_BSND, k_BSND, v_BSNV, squares, Scores(scale, causal=True), width)

@@ -107,12 +107,14 @@ def quantize_rows_and_columns(x: torch.Tensor, power_of_two: bool = False, count
 def dequantize_1x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return q [..., K] times its scales [..., k].
 
-    The product is rounded once, to float32, and then converted to `dtype`.
+    The product is rounded once, to float32, and then converted to `dtype`: on an accelerator as it is stored, so that
+    no float32 tensor is made for a narrower one. Such a dtype has room for every code.
     """
     size = q.shape[-1]
+    codes = q.to(dtype) if on_accelerator(q) and dtype.itemsize < 4 else decode(q)
     if size % TILE == 0:
-        return decode(q).unflatten(-1, (-1, TILE)).mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
-    return decode(q).mul_(scale.repeat_interleave(TILE, -1)[..., :size]).to(dtype)
+        return codes.unflatten(-1, (-1, TILE)).mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
+    return codes.mul_(scale.repeat_interleave(TILE, -1)[..., :size]).to(dtype)
 
 
 def dequantize_128x128(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -134,6 +134,20 @@ def test_decode_has_every_code():
     torch.testing.assert_close(encoding.decode(every), every.float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [256, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_accelerator_rounds_as_a_cpu_does(monkeypatch, dtype, size):
+    """There narrower numbers are made without float32 ones; each code with scales of all magnitudes and a NaN."""
+    q = torch.arange(256, dtype=torch.uint8).repeat(40, 1)[:, :size].view(encoding.E4M3)
+    scale = torch.randn(40, 2, generator=generator()).abs() * torch.exp2(torch.arange(-30, 10).unsqueeze(1))
+    scale[3] = torch.nan
+    expected = encoding.dequantize_1x128(q, scale, dtype)
+    exact = q.double() * scale.double().repeat_interleave(128, 1)[:, :size]
+    torch.testing.assert_close(expected, exact.float().to(dtype), rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(encoding, "on_accelerator", lambda x: True)
+    torch.testing.assert_close(encoding.dequantize_1x128(q, scale, dtype), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_powers_of_two_lose_nothing_when_quantised_again():
     """The scale may halve (an amax that rounded down to 224 of it), the values stay."""
     x = lively(64, 300)
