@@ -13,14 +13,14 @@ from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 
 
 def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], there: Iterable[Kept], deferred: bool,
-                  again: Forward | None) -> tuple[Backward, ...]:
+                  again: Forward | None, frozen: frozenset[str] = frozenset()) -> tuple[Backward, ...]:
     """Return the moments of the backward of layer `index`, which keeps `there` of `whole` on the device.
 
     `deferred`: weight gradients are made apart; `again`: what the layer has made while it runs again as a whole, None
-    if it does not.
+    if it does not. `frozen`: the inputs of products whose weights have no gradients.
     """
     there = list(there)
-    tape = Tape(whole, there, deferred, shapes.numbers)
+    tape = Tape(whole, there, deferred, shapes.numbers, frozen)
     model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
@@ -92,9 +92,13 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         tape.free(source)
         return
     tape.use(source)
-    for made in (of_gradient if as_tiles else 2 * of_gradient, hidden, 4 * tiles, tiles):
+    frozen = tape.is_frozen(f"{name}: hidden")
+    for made in ((2 - as_tiles - frozen) * of_gradient, hidden, 4 * tiles, 0.0 if frozen else tiles):
         tape.make(made)
-    tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
+    if frozen:
+        tape.drop(of_gradient)
+    else:
+        tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
     tape.free(source)
     tape.drop(hidden, 0.0 if received or as_tiles else gradient)
 

@@ -36,15 +36,17 @@ class Backward:
 
 class Tape:
     """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
-    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart.
+    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `frozen`:
+    the inputs of products whose weights have no gradients.
     """
 
-    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers):
+    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers,
+                 frozen: frozenset[str] = frozenset()):
         self._sizes: dict[str, float] = {}
         for each in whole:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
-        self._deferred, self._numbers = deferred, numbers
+        self._deferred, self._numbers, self._frozen = deferred, numbers, frozen
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
         self._piece = 0
         self.moments: list[Backward] = []
@@ -82,8 +84,15 @@ class Tape:
 
     def free_unless_deferred(self, *names: str) -> None:
         """Free inputs of products, which wait where weight gradients are made apart."""
-        if not self._deferred:
-            self.free(*names)
+        self.free(*(each for each in names if not self._waits(each)))
+
+    def is_frozen(self, source: str | None) -> bool:
+        """Return whether the weight of a product with this input has no gradient."""
+        return source in self._frozen
+
+    def _waits(self, source: str | None) -> bool:
+        """Return whether the weight gradient of a product with this input is made apart."""
+        return self._deferred and not self.is_frozen(source)
 
     def tiles(self, size: float) -> float:
         """Return the bytes of E4M3 tiles of what takes `size` bytes in the layers' dtype; 0 if products are not in FP8.
@@ -99,10 +108,15 @@ class Tape:
         if source is not None:
             self.use(source)
         each = self.tiles(gradient) if in_recipe else 0.0
-        self.make(2 * each)
-        self.make(result)
-        self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
-        if not received and (each or not self._deferred):
+        if self.is_frozen(source):
+            self.make(each)
+            self.make(result)
+            self.drop(each)
+        else:
+            self.make(2 * each)
+            self.make(result)
+            self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
+        if not received and (each or not self._waits(source)):
             self.drop(gradient)
         if source is not None and not stays:
             self.free_unless_deferred(source)
@@ -120,8 +134,9 @@ class Tape:
             self.use(source)
             for _ in range(count):
                 self.make(result)
-                self._weigh_input(self.tiles(result), 0.0, 0.0, parameters, experts)
-            self.drop(count * each, 0.0 if self._deferred else count * each)
+                if not self.is_frozen(source):
+                    self._weigh_input(self.tiles(result), 0.0, 0.0, parameters, experts)
+            self.drop(count * each, 0.0 if self._waits(source) else count * each)
         self.free_unless_deferred(source)
 
     def weigh(self, rows: float, columns: float, parameters: float, experts: bool) -> None:

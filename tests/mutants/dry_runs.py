@@ -116,10 +116,10 @@ DRY_RUNS = of(
     ("RecordedCollectives.__torch_dispatch__", "if name not in _LOCAL:", "if name not in (*_LOCAL, 'alltoall_base_'):"),
 ) + of(
     FP8_PEAKS,
-    ("backward_tape._down", "4 * tiles, tiles)", "4 * tiles)"),
+    ("backward_tape._down", "0.0 if frozen else tiles)", "0.0)"),
     ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
     ("backward_tape._attend", "make(padded + results", "make(results"),
-    ("backward_tape._down", "of_gradient if as_tiles else 2 * of_gradient", "2 * of_gradient"),
+    ("backward_tape._down", "(2 - as_tiles - frozen)", "(2 - frozen)"),
     ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
     ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
     ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
@@ -131,9 +131,10 @@ DRY_RUNS = of(
     ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),
 ) + of(
     BYTE_TAPE,
+    ("Tape.is_frozen", "source in self._frozen", "False"),
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),
-    ("Tape.product", "and (each or not self._deferred)", "and not self._deferred"),
-    ("Tape.products_of_swiglu", "0.0 if self._deferred else count * each", "count * each"),
+    ("Tape.product", "and (each or not self._waits(source))", "and not self._waits(source)"),
+    ("Tape.products_of_swiglu", "0.0 if self._waits(source) else count * each", "count * each"),
     ("Tape._weigh_input", "columns += of_input", "pass"),
     ("Tape.weigh", "self.drop(rows)", "pass"),
 ) + of(

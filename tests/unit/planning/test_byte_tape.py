@@ -40,6 +40,21 @@ def test_a_product(fp8, deferred, most, leaves):
     assert tape.moments[-1].dense == (0 if deferred else WIDTH * OUTPUTS)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_product_of_a_frozen_weight(fp8, deferred):
+    """It makes its input's gradient alone, of tiles by rows in FP8, and nothing of it waits."""
+    tape = Tape([], [], deferred, Numbers(fp8=fp8), frozenset(["input"]))
+    tape.make(GRADIENT)
+    tape.product("input", GRADIENT, RESULT, WIDTH * OUTPUTS)
+    assert max(each.bytes for each in tape.moments) == GRADIENT + fp8 * TILES_OF_GRADIENT + RESULT
+    assert left(tape) == RESULT
+    assert tape.moments[-1].dense == 0
+    tape.products_of_swiglu("input", 1, RESULT, GRADIENT, WIDTH * OUTPUTS)  # tiles in FP8, by rows and by columns
+    assert left(tape) == GRADIENT + RESULT * fp8 - 2 * fp8 * TILES_OF_RESULT
+    assert tape.moments[-1].dense == 0
+
+
 def test_a_product_outside_of_the_recipe():
     tape = tape_of(True, False)
     tape.product("input", GRADIENT, RESULT, WIDTH * OUTPUTS, in_recipe=False)
