@@ -83,6 +83,9 @@ def _representative(shapes: LayerShapes, index: int) -> int:
                 if (model.is_moe_layer(other), model.window_of(other)) == kind)
 
 
+_READ_BEFORE_EXPERTS = ("partial sums of nodes", "experts' results")  # by a backward, and then free
+
+
 @lru_cache(1024)
 def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, trained: Trained) -> LayerBytes:
     depth = index - shapes.model.num_hidden_layers
@@ -100,7 +103,8 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
     moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again,
                             trained.without_gradients)
-    sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
+    read = _sum(each for each in held if each.name in _READ_BEFORE_EXPERTS) if not mode.offloaded else 0.0
+    sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes) - read) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
     if moe:
         unsaved = mode.full or mode.offloaded
