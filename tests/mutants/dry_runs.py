@@ -13,6 +13,7 @@ COMMAND = (f"{UNIT}test_dry_run_command.py",)
 IN_A_ROW = (f"{UNIT}test_jobs_in_a_row.py",)
 PLAIN = (f"{UNIT}test_plain_experts.py",)
 FP8_PEAKS = (f"{UNIT}test_fp8_peaks.py",)
+FP8_BYTES = (f"{UNIT}test_fp8_attention_bytes.py",)
 ENCODING = ("tests/unit/ops/fp8/test_fp8.py",)
 BYTE_TAPE = ("tests/unit/planning/test_byte_tape.py",)
 KNOWN = (f"{UNIT}test_known_results.py",)
@@ -120,12 +121,14 @@ DRY_RUNS = of(
     ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
     ("backward_tape._attend", "make(padded + results", "make(results"),
     ("backward_tape._down", "(2 - as_tiles - frozen)", "(2 - frozen)"),
-    ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
-    ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
-    ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
     ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
     ("_layers_of_backward", "beside - held", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
+) + of(
+    FP8_BYTES,
+    ("encoding.dequantize_1x128", "if on_accelerator(q) and", "if False and"),
+    ("attention._heads", "if missing else x_BSNW", "if True else x_BSNW"),
+    ("_Attention.backward", "next(parts) if ctx.squares == _WHOLE else ", ""),
 ) + of(
     ENCODING,
     ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),

@@ -17,7 +17,7 @@ RUNS = {
     "SwiGLU of experts": (128, 64, "--model deepseek-v2-lite --num-layers 4 --expert-model-parallel-size 32 "
                                    "--global-batch-size 256 --micro-batch-size 2"),
     "attention": (128, 64, f"{V3} --global-batch-size 256 --recompute-granularity full --exp-avg-dtype bf16 "
-                           "--exp-avg-sq-dtype bf16"),
+                           "--exp-avg-sq-dtype bf16 --moe-router-topk 4"),
     "tensors": (128, 64, f"{V3} --global-batch-size 64 --tensor-model-parallel-size 2 --sequence-parallel"),
     "context": (128, 64, f"{V3} --global-batch-size 64 --context-parallel-size 2"),
     "rows that arrive": (512, 256, "--model kimi-k2 --num-layers 6 --pipeline-model-parallel-layout Et*3|t|t|tL "
