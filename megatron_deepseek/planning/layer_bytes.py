@@ -33,9 +33,10 @@ class LayerMode:
 @dataclass(frozen=True)
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
-    exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
-    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
-    behind `gathers_behind` exchanges, and `gathering` what there is of the forward then, less all that it will keep.
+    exists only while the layer runs, `attending` while its attention does, less all that it will keep; `moments` are
+    those of its backward; `waiting` is what its weight gradients need where a schedule makes them later; `sent` is what
+    has been made of the backward when routed experts are gathered, behind `gathers_behind` exchanges, and `gathering`
+    what there is of the forward then, less all that it will keep.
     """
 
     kept: float
@@ -46,6 +47,7 @@ class LayerBytes:
     sent: float
     gathering: float = 0.0
     gathers_behind: int = 0
+    attending: float = 0.0
 
     @property
     def exchanges(self) -> int:
@@ -108,13 +110,13 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     attending = attention_forward(shapes, index, all_kept if unsaved else held, trained) - here
     if moe:
         first = unsaved_bytes(shapes, all_kept, trained) if unsaved else forward_bytes(shapes, held, trained)
-        forward, gathering = max(0.0, first.most - here, attending), first.gathering - here
+        forward, gathering = max(0.0, first.most - here), first.gathering - here
         behind = shapes.traffic.exchanges.out if mode.full else shapes.traffic.exchanges.to_experts
     else:
         gathering, behind = 0.0, 0
         beyond = host if mode.offloaded else total(whole) - kept if mode.full else 0.0
         forward = max(buffers(shapes) + beyond, attending)
-    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind)
+    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind, attending)
 
 
 def _sum(kept: Iterable[Kept]) -> float:
