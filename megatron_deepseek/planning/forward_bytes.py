@@ -17,7 +17,8 @@ _BEHIND = frozenset(("experts' rows", "experts: gate and up", "experts: hidden",
                      "MTP: last norm: statistics", "MTP's output"))
 
 
-_NOT_LOCAL = frozenset(("MLP: gate and up", "MLP: hidden"))  # of shared experts, which have returned by then
+_RETURNED = frozenset(("MLP: gate and up", "MLP: hidden",  # of shared experts, when rows are sent
+                       "experts' rows", "experts: gate and up", "experts: hidden"))  # when results are sent back
 _SECOND_HALF = "input of the MLP's norm"
 
 
@@ -57,7 +58,7 @@ def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept], trained: Trained =
     """
     at = next(number for number, each in enumerate(whole) if each.name == _SECOND_HALF)
     attention, entered = whole[:at], [each for each in whole[:at] if each.name == "input of the layer"]
-    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _NOT_LOCAL)], trained)
+    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _RETURNED)], trained)
     return Forward(found.gathering, max(found.most, sum(each.bytes for each in attention)))
 
 
