@@ -43,6 +43,8 @@ DRY_RUNS = of(
     ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
     ("head_backward", "    if not trained:\n", "    if False:\n"),
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
+    ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
+    ("attention_forward._in_blocks", "        there += queries + output", "        pass"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,
