@@ -40,7 +40,8 @@ from megatron_deepseek.planning.stage_states import (
     sizes,
     trained,
 )
-from megatron_deepseek.planning.state_bytes import data_ranks
+from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
+from megatron_deepseek.planning.trained_weights import trained_weights
 
 
 class Instant(NamedTuple):
@@ -48,7 +49,9 @@ class Instant(NamedTuple):
     again, and of weight gradients in the layers' dtype. `done`: parameters of the units that have ended, the last one
     of them `before`. `ending`: those of a unit that ends now: `bytes` has none of its gradients, of which the last to
     be added, or copied to be reduced, is of `last` parameters. `gathered`: bytes of weights that are gathered for the
-    moment, beside all that. `piece`: how many exchanges have begun before; `waits`: the next one begins now.
+    moment, beside all that; `freed`: bytes of those of the units that have ended, this one too, where they were
+    gathered for the step and this is its last backward. `piece`: how many exchanges have begun before; `waits`: the
+    next one begins now.
     """
 
     bytes: float
@@ -57,6 +60,7 @@ class Instant(NamedTuple):
     ending: Held = NOTHING
     last: float = 0.0
     gathered: float = 0.0
+    freed: float = 0.0
     piece: int = 0
     waits: bool = False
 
@@ -99,11 +103,11 @@ def in_turn(instant: Instant, turn: tuple[int, int], size: Sizes, buffers_stay: 
     summed = size.sum if before == SUMMED else 0
     buffer = instant.before.padded
     stays = buffer.dense * buffers_stay[0] + buffer.experts * buffers_stay[1]
-    found = instant.bytes - summed * done - size.gathered * instant.done.padded.count + size.of_reduced(instant.done)
+    found = instant.bytes - summed * done - instant.freed + size.of_reduced(instant.done)
     if ending:
         each = summed or size.gradient
         copied = max(each * ending, each * instant.last + size.of_output(instant.ending))
-        return found + copied - summed * ending + (size.whole - size.gathered) * instant.ending.padded.count
+        return found + copied - summed * ending + size.whole * instant.ending.padded.count
     return found + size.whole * stays
 
 
@@ -122,7 +126,8 @@ def _highest(course: Iterator[Instant]) -> Iterator[Instant]:
     """Yield the moments that can be a whole backward's peak: of those between two ends of units the highest."""
     best = next(course)
     for each in course:
-        if each.ending is best.ending is NOTHING and each.before is best.before and each.done is best.done:
+        if each.ending is best.ending is NOTHING and (each.before, each.done, each.freed) == (
+                best.before, best.done, best.freed):
             best = max(best, each, key=lambda moment: moment.bytes + moment.gathered)
         else:
             yield best
@@ -136,29 +141,32 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     outside = weights.outer if weights else 0.0
     yield Instant(layers.loss, gathered=outside)
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
+    freed = 0.0
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
-        (dense, experts), there = _units(job, index), layers.of_outer(index) - free
+        (dense, experts), there, goes = _units(job, index), layers.of_outer(index) - free, _going(job, index)
         if weights:
             yield Instant(there, done, before, gathered=weights.beginning(index))
             yield Instant(layer.sent + there - given, done, before, gathered=weights.gathering_experts(index))
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
             now = Instant(moment.bytes + made + there - given * moment.given, done, before, gathered=(
-                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0))
+                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0), freed=freed)
             if moment.ends == "router":  # its own buffer is small
                 before = NOTHING
             elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
                 last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
-                now = now._replace(ending=unit, last=last / 3)
+                freed += goes.dense if unit is dense else goes.experts
+                now = now._replace(ending=unit, last=last / 3, freed=freed)
                 done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0
     outer, part = _outer(job, stage), job.stages[stage]
     if part.embedding + len(part.mtp) > 1:  # two lookups' gradients, and their sum
         embedding = trained(job, Stage(True, (), (), False)).dense
-        yield Instant(size.gradient * (outer.dense + 2 * embedding) - free, done, before, gathered=outside)
-    yield Instant(-free, done, before, outer, outer.dense / 2)
+        yield Instant(size.gradient * (outer.dense + 2 * embedding) - free, done, before, gathered=outside, freed=freed)
+    whole = gathered_weights(job, [part]).all if size.gathered else 0.0
+    yield Instant(-free, done, before, outer, outer.dense / 2, freed=whole)
 
 
 def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
@@ -250,6 +258,16 @@ def _reducing(size: Sizes, units: Sequence[Held]) -> float:
         most = max(most, gone + (size.whole - size.gathered) * unit.padded.count)
         done += unit
     return most
+
+
+def _going(job: Job, index: int) -> Divided:
+    """Return the bytes of the weights of a layer, gathered for the step, that the last backward frees when it has come
+    to the inputs of their units, trained or not. Where such an input has no gradient they stay until all is over.
+    """
+    if not sizes(job).gathered:
+        return Divided()
+    found, made = gathered_weights(job, [part_of(job, index)], outside=False), trained_weights(job.settings, index)
+    return Divided(found.dense * made.entered, found.experts * made.enters_mlp)
 
 
 def _buffers_stay(job: Job) -> tuple[bool, bool]:

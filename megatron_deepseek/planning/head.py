@@ -12,6 +12,7 @@ from megatron_deepseek.planning.numbers import INDEX
 
 LOGITS_BYTES = 256 * 2**20  # model/head.py's; a test holds them equal
 ROWS = 128
+_WHOLE = ("logits", "log-probabilities")  # the names of what is kept of all logits
 
 
 def default_chunk(rows: int, element: int) -> int:
@@ -56,13 +57,22 @@ def head_forward(shapes: LayerShapes, chunk: int | None) -> float:
     return wide + (0 if chunk is None else shapes.numbers.plain(tokens, vocabulary))
 
 
-def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True) -> float:
-    """Return the bytes that exist only while a prediction's backward runs: the gradients of the head's weight and
-    input, and a block of logits that is made again for the weight's. With a frozen weight it is the input's alone.
+def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True, predictions: int = 1) -> float:
+    """Return the bytes that exist only while the backward of the head runs, beside what it keeps: the gradients of the
+    head's weight and input, and a block of logits that is made again for the weight's. With a frozen weight it is the
+    input's alone. Two of several `predictions` give the weight a gradient each, and then their sum is made. By then
+    logits that were kept whole are free, and the inputs' gradients are there.
     """
     model, numbers = shapes.model, shapes.numbers
     vocabulary = _rows(shapes)
     if not trained:
         return numbers.plain(shapes.whole, model.hidden_size)
-    gradients = numbers.plain(vocabulary + shapes.whole, model.hidden_size)
-    return gradients + head_forward(shapes, chunk)
+    weight, of_input = numbers.plain(vocabulary, model.hidden_size), numbers.plain(shapes.whole, model.hidden_size)
+    first = weight + of_input + head_forward(shapes, chunk)
+    if predictions == 1:
+        return first
+    if chunk is not None:
+        return first + 2 * weight
+    logits = sum(each.bytes for each in head(shapes, chunk, predictions) if each.name in _WHOLE)
+    return max(first, first + weight + of_input - logits,
+               *(3 * weight + made * (of_input - logits) for made in range(2, predictions + 1)))

@@ -107,12 +107,12 @@ def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Seque
     own = part.loss and job.engine.logit_bytes is None
     of_head = trained(job, Stage(False, (), (), True)).dense if part.loss else 0
     head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
-    several = 2 * head if job.model.num_nextn_predict_layers else 0.0  # two predictions' gradients, and their sum
+    predictions = 1 + job.model.num_nextn_predict_layers if head else 1  # whose gradients of the weight are made now
     given = received_bytes(job, stage, shapes)["returning"]
     embedding = sizes(job).gradient * trained(job, Stage(True, (), (), False)).dense if part.mtp else 0.0
     held = input_bytes(job, stage, shapes) + output_bytes(job, stage, shapes)  # by torch, until the backward has ended
     return Layers(tuple(zip(job.layers_of(stage), layers)), beside - held, head_waiting(job, stage, shapes),
-                  head, head_backward(shapes, chunk, of_head > 0) + several if own else 0.0, given, embedding)
+                  head, head_backward(shapes, chunk, of_head > 0, predictions) if own else 0.0, given, embedding)
 
 
 def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[str, float]]:

@@ -79,6 +79,12 @@ class Trained:
             name.startswith(_ATTENTION) and not name.startswith(_OUTPUT) for name in (*self.weights, *self.adapted))
 
     @property
+    def enters_mlp(self) -> bool:
+        """Return whether what enters the MLP, or the experts, has a gradient."""
+        return self.attends or any(self.any_of(name) for name in (
+            _OUTPUT, JOIN, "hnorm", "enorm", "post_attention_layernorm"))
+
+    @property
     def runs_back(self) -> bool:
         """Return whether the layer has a backward at all."""
         return self.all or self.entered or bool(self.weights or self.adapted)
@@ -151,9 +157,7 @@ def _readers(name: str, names: set[str]) -> tuple[str, ...]:
 def _needed(trained: Trained) -> dict[str, bool]:
     """Return whether what backwards read beside weights is kept, by name: where what it was made of has a gradient."""
     normed = trained.entered or trained.any_of("input_layernorm")
-    joined = trained.gradients_of(JOIN) or trained.any_of("hnorm") or trained.any_of("enorm")
-    second = trained.attends or trained.any_of(_OUTPUT) or joined
-    normed_again = second or trained.any_of("post_attention_layernorm")
+    normed_again = trained.enters_mlp
     found = {"input of the layer": normed, "attention's norm: statistics": normed,
              "MTP's embedding": trained.embedding or trained.any_of("enorm"),
              "MTP: embedding's norm: statistics": trained.embedding or trained.any_of("enorm"),
