@@ -6,13 +6,20 @@ input by columns too. All of them are there together when its weight's gradient 
 
 Where weight gradients are made apart a product in bfloat16 frees neither its input nor the gradient of its output:
 both wait. One in FP8 leaves its kept input and the gradient's tiles by columns, and frees the rest.
+
+Behind the product of a weight with an adapter (ops/lora.py) A gives the input another gradient, and the two are added.
+If the adapter drops features, its input is made again, and features of A's gradient are dropped too; each time numbers
+of 64 bits, one for four features, are drawn of hashes, in three tensors (ops/hashing.py).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_deepseek.planning.layer_shapes import Kept
-from megatron_deepseek.planning.numbers import TILE, Numbers
+from megatron_deepseek.planning.numbers import INDEX, TILE, Numbers
+from megatron_deepseek.planning.trained_weights import ALL, INPUTS_OF, OUTPUT, Trained
+
+_HASHES, _FEATURES = 3, 4  # tensors of 64 bits at once while a mask is made; features of a number
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,17 @@ class Backward:
 
 class Tape:
     """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
-    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart.
+    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `trained`:
+    which weights of the layer have gradients, or adapters.
     """
 
-    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers):
+    def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers,
+                 trained: Trained = ALL):
         self._sizes: dict[str, float] = {}
         for each in whole:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
-        self._deferred, self._numbers = deferred, numbers
+        self._deferred, self._numbers, self._trained = deferred, numbers, trained
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
         self._piece = 0
         self.moments: list[Backward] = []
@@ -102,8 +111,9 @@ class Tape:
         self.make(2 * each)
         self.make(result)
         self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
-        if not received and (each or not self._deferred):
+        if not received and (each or not self._waits_for(source)):
             self.drop(gradient)
+        self._adapter(source, result, stays)
         if source is not None and not stays:
             self.free_unless_deferred(source)
 
@@ -114,15 +124,44 @@ class Tape:
         """
         each = self.tiles(gradient)
         if not each:
-            for _ in range(count):
-                self.product(source, gradient, result, parameters, experts, stays=True)
+            for number in range(count):
+                self.product(source, gradient, result, parameters, experts, stays=number < count - 1)
         else:
             self.use(source)
             for _ in range(count):
                 self.make(result)
                 self._weigh_input(self.tiles(result), 0.0, 0.0, parameters, experts)
+                self._adapter(source, result, stays=True)
             self.drop(count * each, 0.0 if self._deferred else count * each)
         self.free_unless_deferred(source)
+
+    def _waits_for(self, source: str | None) -> bool:
+        """Return whether a weight gradient that is made apart needs the gradient of the product which read `source`."""
+        readers = () if source is None else _readers(source)
+        return self._deferred and (not readers or self._trained.gradients_of(*readers))
+
+    def _adapter(self, source: str | None, size: float, stays: bool) -> None:
+        """Go back through the adapter that reads `source`, if there is one, to the gradient of its input, of `size`
+        bytes, which is added to that of the weight's product. Where features are dropped the input without them is
+        what A's gradient needs, and waits for it.
+        """
+        if source is None or not self._trained.adapts(*_readers(source)):
+            return
+        if self._trained.drops:
+            hashes = _HASHES * size / self._numbers.element * INDEX / _FEATURES
+            self.make(size + hashes)  # the input without the dropped features
+            self.drop(hashes)
+            if not stays:
+                self.free(source)
+            self.make(size)
+            if not self._deferred:
+                self.drop(size)
+            self.make(size + hashes)
+            self.drop(size + hashes)
+        else:
+            self.make(size)
+        self.make(size)
+        self.drop(2 * size)
 
     def weigh(self, rows: float, columns: float, parameters: float, experts: bool) -> None:
         """Make a weight's gradient of tiles of `columns` bytes and free these, unless they wait for it; free `rows`
@@ -166,3 +205,8 @@ class Tape:
     def _note(self, waits: bool = False) -> None:
         self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
                                      waits))
+
+
+def _readers(source: str) -> tuple[str, ...]:
+    """Return the weights whose products read a kept tensor."""
+    return (OUTPUT,) if source == "attention's output" else INPUTS_OF.get(source, ())

@@ -98,7 +98,8 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     made += tuple(each for each in held if each not in made)  # what is given to a layer that runs again
     moe = shapes.model.is_moe_layer(index)
     again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
-    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again)
+    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again,
+                            trained)
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
     if moe:

@@ -27,8 +27,7 @@ TRAINED = ("tests/unit/planning/test_trained_weights.py",)
 
 DRY_RUNS = of(
     TRAINED,
-    ("trained_weights._needed", "second = trained.attends or trained.any_of(_OUTPUT) or joined",
-     "second = trained.attends or joined"),
+    ("Trained.enters_mlp", "_OUTPUT, JOIN", "JOIN"),
     ("trained_weights._needed", "normed_again or trained.gradients_of(*GATE_AND_UP)", "normed_again"),
     ("trained_weights._readers", "(*INPUTS_OF[name], ROUTER) if shares else INPUTS_OF[name]", "INPUTS_OF[name]"),
     ("trained_weights._trained", "entered = embedding or any(", "entered = any("),
@@ -42,6 +41,7 @@ DRY_RUNS = of(
     ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
     ("head_backward", "    if not trained:\n", "    if False:\n"),
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
+    ("rank.batch_of", "if drops else {}", "if False else {}"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,
@@ -132,7 +132,11 @@ DRY_RUNS = of(
 ) + of(
     BYTE_TAPE,
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),
-    ("Tape.product", "and (each or not self._deferred)", "and not self._deferred"),
+    ("Tape.product", "and (each or not self._waits_for(source))", "and not self._waits_for(source)"),
+    ("Tape._waits_for", " and (not readers or self._trained.gradients_of(*readers))", ""),
+    ("Tape._adapter", "            self.make(size)\n        self.make(size)\n", "            self.make(size)\n"),
+    ("Tape._adapter", "            if not stays:\n                self.free(source)\n", ""),
+    ("Tape._adapter", "self.make(size + hashes)\n            self.drop(size + hashes)", "pass"),
     ("Tape.products_of_swiglu", "0.0 if self._deferred else count * each", "count * each"),
     ("Tape._weigh_input", "columns += of_input", "pass"),
     ("Tape.weigh", "self.drop(rows)", "pass"),
@@ -155,6 +159,7 @@ DRY_RUNS = of(
     REDUCTIONS,
     ("backward_bytes.in_turn", " + size.of_output(instant.ending)", ""),
     ("backward_bytes.in_turn", "+ copied - summed * ending", "+ copied"),
+    ("backward_bytes.in_turn", " - instant.freed", ""),
     ("Tape.exchange", "self._piece += 1", "pass"),
 ) + of(
     COVERED,
