@@ -17,6 +17,7 @@ from megatron_deepseek.dry_run.timeline import Timeline, bytes_over_time
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.build import BuildOptions, place_stages, sharded_stages
 from megatron_deepseek.model.deepseek import DeepseekStage
+from megatron_deepseek.model.positions import TOKEN_KEYS
 from megatron_deepseek.parallel.fake_job import fake_job
 from megatron_deepseek.parallel.layout_string import Stage
 from megatron_deepseek.parallel.mesh import Meshes
@@ -43,16 +44,19 @@ def empty_stages(wrap: Wrap, config: ModelConfig, mine: Iterable[Stage], meshes:
 
 def batch_of(settings: Settings) -> Batch:
     """Return one data rank's rows of a global batch, with nothing in particular in them. Where attention stays within
-    documents every other row is one document, of which attention needs most, and those between are two.
+    documents every other row is one document, of which attention needs most, and those between are two. Tokens have
+    keys where adapters drop features, as in a run (training/token_keys.py).
     """
     rows, length = settings.batch.global_batch_size // settings.layout.dp, settings.data.seq_length
     documents = None
     if settings.data.reset_attention_mask and settings.fine_tuning is None:
         with unset_fake_temporarily():  # they stay on the host, which reads where they end
             documents = (torch.arange(rows) % 2).unsqueeze(1) * (torch.arange(length) * 2 // length)
+    drops = settings.lora is not None and settings.lora.lora_dropout > 0
     return Batch(tokens_BS=torch.zeros((rows, length), dtype=torch.int64),
                  labels_BS=torch.zeros((rows, length), dtype=torch.int64), weights_BS=torch.ones((rows, length)),
-                 documents_BS=documents)
+                 documents_BS=documents,
+                 per_token={TOKEN_KEYS: torch.zeros((rows, length), dtype=torch.int64)} if drops else {})
 
 
 _ALL_AT_ONCE = ("GPipe", "LoopedBFS")  # every micro-batch's forward comes before the first backward

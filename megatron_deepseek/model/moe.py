@@ -105,7 +105,8 @@ class Experts(nn.Module):
 
 def expert_of_rows(counts: list[int], first: int, device: torch.device) -> torch.Tensor:
     """Return the number of each row's expert, int64 [R], of rows sorted by expert from the number `first` on."""
-    return send(torch.arange(first, first + len(counts)).repeat_interleave(torch.tensor(counts)), device)
+    experts = torch.arange(first, first + len(counts))
+    return send(experts.repeat_interleave(torch.tensor(counts), output_size=sum(counts)), device)
 
 
 class MoE(nn.Module):

@@ -10,17 +10,18 @@ from collections.abc import Iterable
 from megatron_deepseek.planning.byte_tape import Backward, Tape
 from megatron_deepseek.planning.forward_bytes import Forward
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.trained_weights import ALL, Trained
 
 
 def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], there: Iterable[Kept], deferred: bool,
-                  again: Forward | None, frozen: frozenset[str] = frozenset()) -> tuple[Backward, ...]:
+                  again: Forward | None, trained: Trained = ALL) -> tuple[Backward, ...]:
     """Return the moments of the backward of layer `index`, which keeps `there` of `whole` on the device.
 
     `deferred`: weight gradients are made apart; `again`: what the layer has made while it runs again as a whole, None
-    if it does not. `frozen`: the inputs of products whose weights have no gradients.
+    if it does not. `trained`: which of its weights are trained, or have adapters.
     """
     there = list(there)
-    tape = Tape(whole, there, deferred, shapes.numbers, frozen)
+    tape = Tape(whole, there, deferred, shapes.numbers, trained)
     model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
@@ -227,14 +228,13 @@ def _heads_of_groups(tape: Tape, shapes: LayerShapes, stream: float, by_blocks: 
             tape.make(2 * queries + turned)
             tape.drop(2 * queries + turned)
         _attend(tape, shapes, queries, (queries, keys, keys), 1.0)
-    tape.product(None, keys, gathered, h * shapes.kv_product_heads * size)
-    tape.product(None, keys, gathered, h * shapes.kv_product_heads * size)
+    for _ in ("values", "keys"):
+        tape.product("attention's input", keys, gathered, h * shapes.kv_product_heads * size, stays=True)
     tape.make(gathered)
     tape.drop(2 * gathered)
     tape.make(turned + queries)
     tape.drop(turned + queries)
     tape.free("queries and keys before their norms")
-    tape.use("attention's input")
     tape.product("attention's input", queries, gathered, h * heads * size)
     tape.make(stream)
     tape.drop(2 * gathered)

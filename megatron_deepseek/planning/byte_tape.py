@@ -6,13 +6,20 @@ input by columns too. All of them are there together when its weight's gradient 
 
 Where weight gradients are made apart a product in bfloat16 frees neither its input nor the gradient of its output:
 both wait. One in FP8 leaves its kept input and the gradient's tiles by columns, and frees the rest.
+
+Behind the product of a weight with an adapter (ops/lora.py) A gives the input another gradient, and the two are added.
+If the adapter drops features, its input is made again, and features of A's gradient are dropped too; each time numbers
+of 64 bits, one for four features, are drawn of hashes, in three tensors (ops/hashing.py).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_deepseek.planning.layer_shapes import Kept
-from megatron_deepseek.planning.numbers import TILE, Numbers
+from megatron_deepseek.planning.numbers import INDEX, TILE, Numbers
+from megatron_deepseek.planning.trained_weights import ALL, INPUTS_OF, OUTPUT, Trained
+
+_HASHES, _FEATURES = 3, 4  # tensors of 64 bits at once while a mask is made; features of a number
 
 
 @dataclass(frozen=True)
@@ -36,17 +43,17 @@ class Backward:
 
 class Tape:
     """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
-    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `frozen`:
-    the inputs of products whose weights have no gradients.
+    others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `trained`:
+    which weights of the layer have gradients, or adapters.
     """
 
     def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers,
-                 frozen: frozenset[str] = frozenset()):
+                 trained: Trained = ALL):
         self._sizes: dict[str, float] = {}
         for each in whole:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
-        self._deferred, self._numbers, self._frozen = deferred, numbers, frozen
+        self._deferred, self._numbers, self._trained = deferred, numbers, trained
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
         self._piece = 0
         self.moments: list[Backward] = []
@@ -87,8 +94,9 @@ class Tape:
         self.free(*(each for each in names if not self._waits(each)))
 
     def is_frozen(self, source: str | None) -> bool:
-        """Return whether the weight of a product with this input has no gradient."""
-        return source in self._frozen
+        """Return whether the weight of a product with this input has no gradient, nor an adapter."""
+        readers = () if source is None else _readers(source)
+        return bool(readers) and not self._trained.gradients_of(*readers)
 
     def _waits(self, source: str | None) -> bool:
         """Return whether the weight gradient of a product with this input is made apart."""
@@ -118,6 +126,7 @@ class Tape:
             self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
         if not received and (each or not self._waits(source)):
             self.drop(gradient)
+        self._adapter(source, result, stays)
         if source is not None and not stays:
             self.free_unless_deferred(source)
 
@@ -128,16 +137,40 @@ class Tape:
         """
         each = self.tiles(gradient)
         if not each:
-            for _ in range(count):
-                self.product(source, gradient, result, parameters, experts, stays=True)
+            for number in range(count):
+                self.product(source, gradient, result, parameters, experts, stays=number < count - 1)
         else:
             self.use(source)
             for _ in range(count):
                 self.make(result)
                 if not self.is_frozen(source):
                     self._weigh_input(self.tiles(result), 0.0, 0.0, parameters, experts)
+                self._adapter(source, result, stays=True)
             self.drop(count * each, 0.0 if self._waits(source) else count * each)
         self.free_unless_deferred(source)
+
+    def _adapter(self, source: str | None, size: float, stays: bool) -> None:
+        """Go back through the adapter that reads `source`, if there is one, to the gradient of its input, of `size`
+        bytes, which is added to that of the weight's product. Where features are dropped the input without them is
+        what A's gradient needs, and waits for it.
+        """
+        if source is None or not self._trained.adapts(*_readers(source)):
+            return
+        if self._trained.drops:
+            hashes = _HASHES * size / self._numbers.element * INDEX / _FEATURES
+            self.make(size + hashes)  # the input without the dropped features
+            self.drop(hashes)
+            if not stays:
+                self.free(source)
+            self.make(size)
+            if not self._deferred:
+                self.drop(size)
+            self.make(size + hashes)
+            self.drop(size + hashes)
+        else:
+            self.make(size)
+        self.make(size)
+        self.drop(2 * size)
 
     def weigh(self, rows: float, columns: float, parameters: float, experts: bool) -> None:
         """Make a weight's gradient of tiles of `columns` bytes and free these, unless they wait for it; free `rows`
@@ -181,3 +214,8 @@ class Tape:
     def _note(self, waits: bool = False) -> None:
         self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
                                      waits))
+
+
+def _readers(source: str) -> tuple[str, ...]:
+    """Return the weights whose products read a kept tensor."""
+    return (OUTPUT,) if source == "attention's output" else INPUTS_OF.get(source, ())

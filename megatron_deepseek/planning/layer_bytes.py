@@ -107,7 +107,7 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     if again:
         again = replace(again, most=max(again.most, attention_forward(shapes, index, whole, trained)))
     moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again,
-                            trained.without_gradients)
+                            trained)
     read = _sum(each for each in held if each.name in _READ_BEFORE_EXPERTS) if not mode.offloaded else 0.0
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes) - read) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0

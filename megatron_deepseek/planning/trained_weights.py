@@ -67,12 +67,6 @@ class Trained:
         return self.all or any(name.startswith(prefix) for name in (*self.weights, *self.adapted))
 
     @property
-    def without_gradients(self) -> frozenset[str]:
-        """Return the inputs of the products whose weights have no gradients."""
-        inputs = INPUTS_OF | {"attention's output": (OUTPUT,)}
-        return frozenset(name for name, weights in inputs.items() if not self.gradients_of(*weights))
-
-    @property
     def attends(self) -> bool:
         """Return whether what attention is computed of has a gradient."""
         return self.entered or self.any_of("input_layernorm") or self.all or any(

@@ -28,8 +28,7 @@ TRAINED = ("tests/unit/planning/test_trained_weights.py",)
 
 DRY_RUNS = of(
     TRAINED,
-    ("trained_weights._needed", "second = trained.attends or trained.any_of(_OUTPUT) or joined",
-     "second = trained.attends or joined"),
+    ("Trained.enters_mlp", "_OUTPUT, JOIN", "JOIN"),
     ("trained_weights._needed", "normed_again or trained.gradients_of(*GATE_AND_UP)", "normed_again"),
     ("trained_weights._readers", "(*INPUTS_OF[name], ROUTER) if shares else INPUTS_OF[name]", "INPUTS_OF[name]"),
     ("trained_weights._trained", "entered = embedding or any(", "entered = any("),
@@ -45,6 +44,7 @@ DRY_RUNS = of(
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
     ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
     ("attention_forward._in_blocks", "        there += queries + output", "        pass"),
+    ("rank.batch_of", "if drops else {}", "if False else {}"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,
@@ -136,10 +136,13 @@ DRY_RUNS = of(
     ("encoding.dequantize_1x128", "dtype.itemsize < 4", "dtype.itemsize < 9"),
 ) + of(
     BYTE_TAPE,
-    ("Tape.is_frozen", "source in self._frozen", "False"),
+    ("Tape.is_frozen", "bool(readers) and not self._trained.gradients_of(*readers)", "False"),
     ("Tape.product", "self.make(2 * each)", "self.make(each)"),
     ("Tape.product", "and (each or not self._waits(source))", "and not self._waits(source)"),
     ("Tape.products_of_swiglu", "0.0 if self._waits(source) else count * each", "count * each"),
+    ("Tape._adapter", "            self.make(size)\n        self.make(size)\n", "            self.make(size)\n"),
+    ("Tape._adapter", "            if not stays:\n                self.free(source)\n", ""),
+    ("Tape._adapter", "self.make(size + hashes)\n            self.drop(size + hashes)", "pass"),
     ("Tape._weigh_input", "columns += of_input", "pass"),
     ("Tape.weigh", "self.drop(rows)", "pass"),
 ) + of(
@@ -161,6 +164,7 @@ DRY_RUNS = of(
     REDUCTIONS,
     ("backward_bytes.in_turn", " + size.of_output(instant.ending)", ""),
     ("backward_bytes.in_turn", "+ copied - summed * ending", "+ copied"),
+    ("backward_bytes.in_turn", " - instant.freed", ""),
     ("Tape.exchange", "self._piece += 1", "pass"),
 ) + of(
     COVERED,

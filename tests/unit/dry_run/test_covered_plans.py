@@ -10,8 +10,9 @@ from cases import WIDE_CASES, covering_cases
 from command_lines import settings_of as settings_of_case
 
 from megatron_deepseek.arguments.dry_run import DryRun
-from megatron_deepseek.dry_run.rank import dry_rank
+from megatron_deepseek.dry_run.rank import batch_of, dry_rank
 from megatron_deepseek.model.architecture.config import ModelConfig
+from megatron_deepseek.model.positions import TOKEN_KEYS
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.memory import all_ranks, worst
 from megatron_deepseek.planning.state_bytes import gathered_weights
@@ -21,7 +22,7 @@ LENGTH, CHUNK = 4096, 1536
 QUICK = (0, 19, 21, 30, 41, 55)  # in `make test`: by the layer, one micro-batch, weight gradients apart, pairs that
 #                                  take turns, experts that run again, one micro-batch by the layer
 CLOSE = (4, 19, 35, 70)
-COARSER_AS_THEY_ARE = (19, 30, 51)
+COARSER_AS_THEY_ARE = (10, 30)
 QUICK_AS_THEY_ARE = (8, 16, 23, 70)  # adapters, weights that are gathered ahead, attention by blocks in a forward, one
 #                                       trained weight
 CASES = (*covering_cases(), *WIDE_CASES)
@@ -68,6 +69,13 @@ def test_the_fullest_rank_takes_what_is_planned(number):
     if case.lora != "none" or case.frozen or case.trained])
 def test_with_adapters_and_frozen_weights(number):
     assert_as_planned(settings_of(number, as_it_is=True), 0.2 if number in COARSER_AS_THEY_ARE else 0.03)
+
+
+def test_adapters_drop_features_in_a_dry_run_too():
+    """Without keys of its tokens a batch loses nothing (training/token_keys.py)."""
+    settings = settings_of(9, as_it_is=True)
+    assert set(batch_of(settings).per_token) == {TOKEN_KEYS}
+    assert not batch_of(replace(settings, lora=replace(settings.lora, lora_dropout=0.0))).per_token
 
 
 def test_a_routers_adapter_is_gathered_in_float32():

@@ -24,6 +24,13 @@ def test_a_reduction(ranks, first, expected):
     assert in_turn(instant, (first, REDUCED), size, (True, True)) == pytest.approx(expected * PARAMETERS)
 
 
+def test_a_last_backward_frees_what_was_gathered():
+    """Also of frozen weights, which have nothing to reduce; one that others follow leaves all of it."""
+    size, instant = Sizes(2, 2, 4, 4, (4.0,) * 2, (0.0,) * 2), Instant(1000.0, freed=300.0)
+    assert in_turn(instant, (SUMMED, REDUCED), size, (True, True)) == 700
+    assert in_turn(instant, (SUMMED, SUMMED), size, (True, True)) == 1000
+
+
 def test_exchanges_end_pieces():
     """Each is noted with what is there while it waits; the second begins before anything else is made."""
     tape = Tape([], [], False, Numbers())

@@ -1,4 +1,5 @@
-"""Products on the tape of bytes, by hand: what ops/fp8/recipe.py makes and frees, and what waits for weight gradients.
+"""Products on the tape of bytes, by hand: what ops/fp8/recipe.py and ops/lora.py make and free, and what waits for
+weight gradients.
 """
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from megatron_deepseek.planning.byte_tape import Tape
 from megatron_deepseek.planning.layer_shapes import Kept
 from megatron_deepseek.planning.numbers import Numbers
+from megatron_deepseek.planning.trained_weights import EXPERTS_UP, Trained
 
 ROWS, WIDTH, OUTPUTS = 256, 512, 1024
 GRADIENT, RESULT = 2 * ROWS * OUTPUTS, 2 * ROWS * WIDTH  # bytes in bfloat16
@@ -44,13 +46,13 @@ def test_a_product(fp8, deferred, most, leaves):
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_product_of_a_frozen_weight(fp8, deferred):
     """It makes its input's gradient alone, of tiles by rows in FP8, and nothing of it waits."""
-    tape = Tape([], [], deferred, Numbers(fp8=fp8), frozenset(["input"]))
+    tape = Tape([], [], deferred, Numbers(fp8=fp8), Trained(False))
     tape.make(GRADIENT)
-    tape.product("input", GRADIENT, RESULT, WIDTH * OUTPUTS)
+    tape.product("experts' rows", GRADIENT, RESULT, WIDTH * OUTPUTS)
     assert max(each.bytes for each in tape.moments) == GRADIENT + fp8 * TILES_OF_GRADIENT + RESULT
     assert left(tape) == RESULT
     assert tape.moments[-1].dense == 0
-    tape.products_of_swiglu("input", 1, RESULT, GRADIENT, WIDTH * OUTPUTS)  # tiles in FP8, by rows and by columns
+    tape.products_of_swiglu("experts' rows", 1, RESULT, GRADIENT, WIDTH * OUTPUTS)  # FP8: tiles both ways
     assert left(tape) == GRADIENT + RESULT * fp8 - 2 * fp8 * TILES_OF_RESULT
     assert tape.moments[-1].dense == 0
 
@@ -70,3 +72,19 @@ def test_products_that_get_tiles(deferred, most, leaves):
     tape.products_of_swiglu("input", 2, GRADIENT, RESULT, WIDTH * OUTPUTS)
     assert max(each.bytes for each in tape.moments) == GRADIENT + most
     assert left(tape) == GRADIENT + leaves
+
+
+@pytest.mark.parametrize("drops, deferred, most, leaves", [
+    (False, False, 3, 0),  # the gradients of weight and adapter, and their sum; the kept input is free
+    (False, True, 4, 2),  # the gradient of the output waits beside that input
+    (True, False, 5, 0),  # the first gradient, the input without features, and three times 64 bits for four of them
+    (True, True, 7, 2)])  # gradients of output and inputs, that input, A's without features, and those bits
+def test_an_adapter(drops, deferred, most, leaves):
+    """In sizes of the input, as which the gradient of the output is as large."""
+    kept = Kept("experts' rows", RESULT)
+    trained = Trained(False, adapted=frozenset((EXPERTS_UP,)), drops=drops)
+    tape = Tape([kept], [kept], deferred, Numbers(), trained)
+    tape.make(RESULT)
+    tape.product("experts' rows", RESULT, RESULT, 0)
+    assert max(each.bytes for each in tape.moments) == most * RESULT
+    assert left(tape) == leaves * RESULT
