@@ -5,20 +5,20 @@ are sorted by expert, and come back the same way. What was sent, gathered or rec
 (parallel/expert.py and the files beside it).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
-from megatron_deepseek.planning.trained_weights import ALL, EXPERTS_DOWN, EXPERTS_UP, VALUE, Trained
+from megatron_deepseek.planning.trained_weights import ALL, EXPERTS_DOWN, EXPERTS_UP, Trained
 
 _BEHIND = frozenset(("experts' rows", "experts: gate and up", "experts: hidden", "experts' results",
                      "results of the experts' slices", "partial sums of nodes", "input of MTP's last norm",
                      "MTP: last norm: statistics", "MTP's output"))
 
 
-_NOT_LOCAL = frozenset(("MLP: gate and up", "MLP: hidden"))  # of shared experts, which have returned by then
+_RETURNED = frozenset(("MLP: gate and up", "MLP: hidden",  # of shared experts, when rows are sent
+                       "experts' rows", "experts: gate and up", "experts: hidden"))  # when results are sent back
 _SECOND_HALF = "input of the MLP's norm"
 
 
@@ -49,17 +49,7 @@ def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept], trained: Trained = 
     before += stream * ("MTP: state's norm: statistics" in sizes and "MTP's embedding" not in sizes)
     run = _Run(before, *(sizes.get(name, 0.0) for name in ("experts' rows", "experts: gate and up", "experts: hidden")),
                *(3 if trained.adapts(name) else 1 for name in (EXPERTS_UP, EXPERTS_DOWN)))
-    found = _with_slices(shapes, run) if shapes.layout.etp > 1 else _whole_experts(shapes, run)
-    return replace(found, most=max(found.most, _projecting(shapes, sizes, trained)))
-
-
-def _projecting(shapes: LayerShapes, sizes: Mapping[str, float], trained: Trained) -> float:
-    """Return the bytes while MLA makes keys and values of latents, in three tensors where an adapter makes them too."""
-    if shapes.model.grouped_query or shapes.layout.cp > 1 or "queries" not in sizes:
-        return 0.0
-    width = shapes.heads * (shapes.model.qk_nope_head_dim + shapes.model.v_head_dim)
-    made = sum(sizes[name] for name in takewhile(lambda name: name != "keys", sizes))
-    return made + shapes.numbers.plain(shapes.whole, width) * (3 if trained.adapts(VALUE) else 1)
+    return _with_slices(shapes, run) if shapes.layout.etp > 1 else _whole_experts(shapes, run)
 
 
 def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept], trained: Trained = ALL) -> Forward:
@@ -68,9 +58,8 @@ def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept], trained: Trained =
     """
     at = next(number for number, each in enumerate(whole) if each.name == _SECOND_HALF)
     attention, entered = whole[:at], [each for each in whole[:at] if each.name == "input of the layer"]
-    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _NOT_LOCAL)], trained)
-    made = _projecting(shapes, {each.name: each.bytes for each in attention}, trained)
-    return Forward(found.gathering, max(found.most, made, sum(each.bytes for each in attention)))
+    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _RETURNED)], trained)
+    return Forward(found.gathering, max(found.most, sum(each.bytes for each in attention)))
 
 
 class _Run(NamedTuple):

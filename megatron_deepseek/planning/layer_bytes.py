@@ -5,10 +5,11 @@ first ones.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
+from megatron_deepseek.planning.attention_forward import attention_forward
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
@@ -32,9 +33,10 @@ class LayerMode:
 @dataclass(frozen=True)
 class LayerBytes:
     """Bytes of a micro-batch. `kept` on the device and `host` in the host's memory from forward to backward; `forward`
-    exists only while the layer runs; `moments` are those of its backward; `waiting` is what its weight gradients need
-    where a schedule makes them later; `sent` is what has been made of the backward when routed experts are gathered,
-    behind `gathers_behind` exchanges, and `gathering` what there is of the forward then, less all that it will keep.
+    exists only while the layer runs, `attending` while its attention does, less all that it will keep; `moments` are
+    those of its backward; `waiting` is what its weight gradients need where a schedule makes them later; `sent` is what
+    has been made of the backward when routed experts are gathered, behind `gathers_behind` exchanges, and `gathering`
+    what there is of the forward then, less all that it will keep.
     """
 
     kept: float
@@ -45,6 +47,7 @@ class LayerBytes:
     sent: float
     gathering: float = 0.0
     gathers_behind: int = 0
+    attending: float = 0.0
 
     @property
     def exchanges(self) -> int:
@@ -98,19 +101,23 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     made += tuple(each for each in held if each not in made)  # what is given to a layer that runs again
     moe = shapes.model.is_moe_layer(index)
     again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
+    if again:
+        again = replace(again, most=max(again.most, attention_forward(shapes, index, whole, trained)))
     moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again,
                             trained)
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes)) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
+    unsaved = mode.full or mode.offloaded
+    attending = attention_forward(shapes, index, all_kept if unsaved else held, trained) - here
     if moe:
-        unsaved = mode.full or mode.offloaded
         first = unsaved_bytes(shapes, all_kept, trained) if unsaved else forward_bytes(shapes, held, trained)
         forward, gathering = max(0.0, first.most - here), first.gathering - here
         behind = shapes.traffic.exchanges.out if mode.full else shapes.traffic.exchanges.to_experts
     else:
         gathering, behind = 0.0, 0
-        forward = buffers(shapes) + (host if mode.offloaded else total(whole) - kept if mode.full else 0.0)
-    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind)
+        beyond = host if mode.offloaded else total(whole) - kept if mode.full else 0.0
+        forward = max(buffers(shapes) + beyond, attending)
+    return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind, attending)
 
 
 def _sum(kept: Iterable[Kept]) -> float:

@@ -84,13 +84,14 @@ def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: flo
     for the step: what all data ranks sent is there until it is unpacked. Where all weights are trained their gradients
     take more later.
     """
-    indices, ranks = job.layers_of(stage), data_ranks(job)
-    if by_layer(job, stage) or all(trained_weights(job.settings, index).all for index in indices):
+    indices, ranks, weights = job.layers_of(stage), data_ranks(job), by_layer(job, stage)
+    if weights and not gathers_ahead(job) or all(trained_weights(job.settings, index).all for index in indices):
         return 0.0
     units = [gathered_weights(job, [part_of(job, index)], outside=False) for index in indices]
     again = [Divided(each.dense * (ranks[0] > 1), each.experts * (ranks[1] > 1)) for each in units]
     if gathers_ahead(job):
-        return max((max(each.dense, each.experts) for each in again), default=0.0) - kept
+        there = weights.all if weights else 0.0  # which do not stand behind it then
+        return there + max((max(each.dense, each.experts) for each in again), default=0.0) - kept
     found, missing, behind = [0.0], sum(each.all for each in units), kept - beside
     for unit, twice, layer in zip(units, again, layers):
         missing -= unit.dense

@@ -12,7 +12,7 @@ from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import BEFORE, BEGUN, FREED, FREED_BY_FORWARDS, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import Piece
-from megatron_deepseek.planning.stage_states import Gathered, by_layer, passing
+from megatron_deepseek.planning.stage_states import Gathered, by_layer, gathers_ahead, passing
 from megatron_deepseek.planning.state_bytes import Divided
 
 
@@ -33,14 +33,19 @@ def forwards(job: Job, stage: int, layers: Sequence[tuple[int, LayerBytes]], bes
     """Return the pieces of a stage's forwards in each turn. `layers`: with their ids, in their order; `beside` is kept
     outside of them; `head` is there while the loss is made.
     """
-    course = list(_course(job, layers, beside, head, by_layer(job, stage)))
+    weights = by_layer(job, stage)
+    course = list(_course(job, layers, beside, head, weights))
     turns = [(BEFORE, GATHERED), *((phase, phase) for phase in (GATHERED, BEGUN, SUMMED))]
     if job.regathers:
         turns = [(BEFORE, GATHERED), (GATHERED, GATHERED),
                  *(turn for phase, freed in FREED.items() for turn in ((phase, freed), (freed, freed)))]
     come = passing(job, stage, GATHERED).all - passing(job, stage, BEFORE).all
-    return {Turn("F", before, after): _pieces(course, job, before, come if before == BEFORE else 0.0)
-            for before, after in turns}
+    found = {Turn("F", before, after): _pieces(course, job, before, come if before == BEFORE else 0.0)
+             for before, after in turns}
+    if weights and gathers_ahead(job):  # all of them before the first forward, which frees them layer by layer
+        whole = [each._replace(gathered=weights.all - each.freed) for each in course]
+        found[Turn("F", BEFORE, GATHERED)] = _pieces(whole, job, BEFORE, come)
+    return found
 
 
 def _pieces(course: Sequence[_Instant], job: Job, before: int, grown: float) -> list[Piece]:

@@ -85,9 +85,9 @@ def passing(job: Job, stage: int, phase: int) -> Passing:
     if phase == REDUCED:
         held = trained(job, job.stages[stage]).padded
         return Passing(reduced=Divided(held.dense * size.reduced[0], held.experts * size.reduced[1]))
-    gathered = gathered_weights(job, part) if gathered_for_the_step(job) else Divided()
     if phase == BEFORE:
-        return Passing(_gathered_ahead(job, gathered))
+        return Passing(_gathered_ahead(job, gathered_weights(job, part)))
+    gathered = gathered_weights(job, part) if gathered_for_the_step(job) else Divided()
     if job.freed_by_forwards and phase in FREED_BY_FORWARDS:
         gathered = Divided()
     phase = KEPT.get(phase, phase)
@@ -143,6 +143,15 @@ class Gathered:
         """Return what is gathered when the backward of layer `index` has just gathered it."""
         own = self.layers[index]
         return self.outer + own.dense * (1 + self.ahead[0]) + own.experts * self.ahead[1]
+
+    @property
+    def all(self) -> float:
+        """Return all of them."""
+        return self.outer + sum(each.all for each in self.layers.values())
+
+    def attending(self, index: int) -> float:
+        """Return what is gathered in the forward of layer `index` before its routed experts are."""
+        return self.outer + self.layers[index].dense * (1 + self.ahead[0])
 
     def forward(self, index: int) -> float:
         """Return what is gathered while the forward of layer `index` runs, its routed experts having been gathered."""

@@ -42,6 +42,8 @@ DRY_RUNS = of(
     ("head_backward", "    if not trained:\n", "    if False:\n"),
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
     ("rank.batch_of", "if drops else {}", "if False else {}"),
+    ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
+    ("attention_forward._in_blocks", "        there += queries + output", "        pass"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,

@@ -19,6 +19,8 @@ from megatron_deepseek.planning.state_bytes import standing_states
     pytest.param(9, 0, 0.002, marks=pytest.mark.slow),  # slices, and a pipeline
     pytest.param(32, 1, 0.01, marks=pytest.mark.slow),  # allgather
     pytest.param(56, 0, 0.003, marks=pytest.mark.slow),  # grouped
+    pytest.param(3, 0, 0.01, marks=pytest.mark.slow),  # attention by blocks, to the host
+    pytest.param(23, 1, 0.002, marks=pytest.mark.slow),  # the same, while routed experts are not gathered yet
     pytest.param(1, 0, 0.015, marks=pytest.mark.slow),  # by the layer, masters from the host
 ], ids=str)
 def test_forwards_take_what_is_planned(number, pp_rank, within):
