@@ -44,6 +44,9 @@ DRY_RUNS = of(
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
     ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
     ("attention_forward._in_blocks", "        there += queries + output", "        pass"),
+    ("forwards", "    if weights and gathers_ahead(job):", "    if False:"),
+    ("forwards", "weights.all - each.freed", "weights.all"),
+    ("unsaved_bytes", "if each.name not in _RETURNED", "if True"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,
