@@ -45,6 +45,9 @@ DRY_RUNS = of(
     ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
     ("attention_forward._in_blocks", "        there += queries + output", "        pass"),
     ("rank.batch_of", "if drops else {}", "if False else {}"),
+    ("forwards", "    if weights and gathers_ahead(job):", "    if False:"),
+    ("forwards", "weights.all - each.freed", "weights.all"),
+    ("unsaved_bytes", "if each.name not in _RETURNED", "if True"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
 ) + of(
     FORWARDS,

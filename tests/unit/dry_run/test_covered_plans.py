@@ -23,8 +23,8 @@ QUICK = (0, 19, 21, 30, 41, 55)  # in `make test`: by the layer, one micro-batch
 #                                  take turns, experts that run again, one micro-batch by the layer
 CLOSE = (4, 19, 35, 70)
 COARSER_AS_THEY_ARE = (10, 30)
-QUICK_AS_THEY_ARE = (8, 16, 23, 70)  # adapters, weights that are gathered ahead, attention by blocks in a forward, one
-#                                       trained weight
+QUICK_AS_THEY_ARE = (8, 12, 16, 23, 35, 70)  # adapters, all of a stage gathered ahead, weights for the step, attention
+#                                               by blocks in a forward, frozen experts, one trained weight
 CASES = (*covering_cases(), *WIDE_CASES)
 OTHERS = [each for each in range(len(CASES)) if each not in QUICK]
 
