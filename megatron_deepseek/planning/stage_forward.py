@@ -70,6 +70,7 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
         behind -= layer.kept
         own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
         if moe:
+            yield _Instant(layer.attending - behind, weights.attending(index) if weights else 0.0, freed, began)
             for _ in range(exchanges.out):
                 yield _Instant(layer.gathering - behind, outer + own.dense, freed, began, True)
                 began += 1
