@@ -12,7 +12,8 @@ from math import inf
 from typing import NamedTuple
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.held_parameters import Held, together
+from megatron_deepseek.planning.backward_units import of_last_mlp, outside_of_layers, units_of_layer, units_of_stage
+from megatron_deepseek.planning.held_parameters import Held
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import (
@@ -143,7 +144,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
     freed = 0.0
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
-        (dense, experts), there, goes = _units(job, index), layers.of_outer(index) - free, _going(job, index)
+        (dense, experts), there, goes = units_of_layer(job, index), layers.of_outer(index) - free, _going(job, index)
         if weights:
             yield Instant(there, done, before, gathered=weights.beginning(index))
             yield Instant(layer.sent + there - given, done, before, gathered=weights.gathering_experts(index))
@@ -155,13 +156,13 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
                 before = NOTHING
             elif moment.ends:
                 unit = experts if moment.ends == "experts" else dense
-                last = min(unit.count, _of_mlp(job, index)) if unit is dense else unit.count
+                last = min(unit.count, of_last_mlp(job, index)) if unit is dense else unit.count
                 freed += goes.dense if unit is dense else goes.experts
                 now = now._replace(ending=unit, last=last / 3, freed=freed)
                 done, before = done + unit, unit
             yield now
         free, given = free + layer.kept, 0.0
-    outer, part = _outer(job, stage), job.stages[stage]
+    outer, part = outside_of_layers(job, stage), job.stages[stage]
     if part.embedding + len(part.mtp) > 1:  # two lookups' gradients, and their sum
         embedding = trained(job, Stage(True, (), (), False)).dense
         yield Instant(size.gradient * (outer.dense + 2 * embedding) - free, done, before, gathered=outside, freed=freed)
@@ -240,7 +241,7 @@ def _made(job: Job, stage: int, first: bool, last: bool) -> float:
     """Return the most bytes of weight gradients while W makes those of a whole stage: in the layers' dtype, in the
     first W then as sums, one after the other, and behind the last W beside the buffer that is reduced.
     """
-    size, units = sizes(job), _units_of_stage(job, stage)
+    size, units = sizes(job), units_of_stage(job, stage)
     number = sum(unit.count for unit in units) - made_with_inputs(job, stage).count
     most, summed = size.gradient * number, size.sum * number if first else 0
     if first:
@@ -277,37 +278,3 @@ def _buffers_stay(job: Job) -> tuple[bool, bool]:
     dense, experts = data_ranks(job)
     host = job.settings.offload.optimizer_cpu_offload
     return dense > 1 or host, experts > 1 or host
-
-
-def _units(job: Job, index: int) -> tuple[Held, Held]:
-    """Return the trained parameters of a layer but for routed experts, and those of these."""
-    held = trained(job, part_of(job, index))
-    outside = trained(job, Stage(True, (), (), False)) if index >= job.model.num_hidden_layers else NOTHING
-    last = job.model.num_hidden_layers - 1 == index
-    norm = job.model.hidden_size if last else 0
-    dense = Held(max(0, held.dense - outside.dense - norm), 0, held.dense_padding - outside.dense_padding)
-    return dense, Held(0, held.experts, 0, held.experts_padding)
-
-
-def _outer(job: Job, stage: int) -> Held:
-    """Return the trained parameters of a stage that are in none of its layers."""
-    held = trained(job, job.stages[stage])
-    layers = together([_units(job, index)[0] for index in job.layers_of(stage)])
-    return Held(held.dense - layers.dense, 0, held.dense_padding - layers.dense_padding)
-
-
-def _units_of_stage(job: Job, stage: int) -> list[Held]:
-    """Return the trained parameters of each unit of a stage, in the order of its modules."""
-    return [_outer(job, stage), *(unit for index in job.layers_of(stage) for unit in _units(job, index))]
-
-
-def _of_mlp(job: Job, index: int) -> int:
-    """Return the parameters of a layer's dense MLP, or of its shared experts, on a rank, where these are its last: an
-    MTP module ends with a norm.
-    """
-    model = job.model
-    if index >= model.num_hidden_layers:
-        return 0
-    width = model.n_shared_experts * model.moe_intermediate_size if model.is_moe_layer(index) else \
-        model.intermediate_size
-    return 3 * model.hidden_size * width // job.layout.tp

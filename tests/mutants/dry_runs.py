@@ -124,9 +124,9 @@ DRY_RUNS = of(
     FP8_PEAKS,
     ("backward_tape._down", "0.0 if frozen else tiles)", "0.0)"),
     ("kernels._gather_backward", "if slot_of_copy.shape[1] == 1:", "if False:"),
-    ("backward_tape._attend", "make(padded + results", "make(results"),
+    ("attention_tape._attend", "make(padded + results", "make(results"),
     ("backward_tape._down", "(2 - as_tiles - frozen)", "(2 - frozen)"),
-    ("backward_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
+    ("attention_tape._blocks", "output if shapes.numbers.fp8 else 0.0", "0.0"),
     ("_layers_of_backward", "beside - held", "beside"),
     ("arrivals._in_need", 'int(schedule == "1F1B" and bool(sent or backwards))', "0"),
 ) + of(
@@ -180,5 +180,5 @@ DRY_RUNS = of(
     ("Layers.of_outer", "self.embedding if", "0.0 if"),
 ) + of(
     (f"{COVERED[0]}::test_the_fullest_rank_takes_what_is_planned[16]",),
-    ("_of_mlp", "return 0", "pass"),
+    ("backward_units.of_last_mlp", "return 0", "pass"),
 )

@@ -1,6 +1,6 @@
 """Plans against dry runs over the covering array, with layers as wide as V3's. First all weights are trained: within
 3 %, and those of CLOSE, of which every tensor is planned, within 0.2 %. Then those that have adapters or frozen weights
-are taken as they are: within 3 % but for COARSER_AS_THEY_ARE, and these within 20 %.
+are taken as they are: within 3 % but for COARSER_AS_THEY_ARE, and these within 8 %.
 """
 
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_the_fullest_rank_takes_what_is_planned(number):
     pytest.param(each, marks=() if each in QUICK_AS_THEY_ARE else pytest.mark.slow) for each, case in enumerate(CASES)
     if case.lora != "none" or case.frozen or case.trained])
 def test_with_adapters_and_frozen_weights(number):
-    assert_as_planned(settings_of(number, as_it_is=True), 0.2 if number in COARSER_AS_THEY_ARE else 0.03)
+    assert_as_planned(settings_of(number, as_it_is=True), 0.08 if number in COARSER_AS_THEY_ARE else 0.03)
 
 
 def test_adapters_drop_features_in_a_dry_run_too():
