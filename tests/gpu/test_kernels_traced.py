@@ -80,7 +80,7 @@ def calls(device) -> dict[str, Call]:
         "copy_and_permute": call(permute.copy_and_permute, bf16(70, 136, device=device, leaf=True), order, inverse,
                                  kernels="gather_rows combine_rows"),
         "permute": call(permute.permute, bf16(140, 136, device=device, leaf=True), order, inverse,
-                        kernels="gather_rows combine_rows"),
+                        kernels="gather_rows"),
         "weighted_sum": call(permute.weighted_sum, bf16(140, 136, device=device, leaf=True), weights, order, inverse,
                              kernels="combine_rows combine_backward"),
         "gather_rows": call(permute.gather_rows, x, labels, kernels="gather_rows"),
