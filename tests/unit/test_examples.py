@@ -411,7 +411,8 @@ def test_a_node_that_is_hung_up_on_ends_its_agent_by_sigterm(tmp_path):
     (tmp_path / "script.sh").write_text(
         "trap 'echo saved; exit 143' TERM\ntrap 'echo hung up' HUP\necho begun\nwhile :; do sleep 0.1; done\n")
     node = subprocess.Popen(["bash", str(EXAMPLES / "pdsh.sh"), "--node", str(tmp_path / "script.sh")], text=True,
-                            stdout=subprocess.PIPE, start_new_session=True)
+                            stdout=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # else not under nohup
     assert node.stdout.readline() == "begun\n"
     os.killpg(node.pid, signal.SIGHUP)
     assert node.communicate(timeout=20)[0] == "saved\n" and node.returncode == 143
