@@ -27,8 +27,8 @@ does not fit, what would have to change.
   `tests/unit/planning/test_activations.py` compares it with what saved-tensor hooks see in runs on CPU: equal to the
   byte, for every kind of recomputation and offloading, chunked losses, FP8, packed documents. How many micro-batches
   wait, and when, is found by replaying the schedule's own list of actions (`planning/actions.py`, equal to torch's).
-* **Frozen weights and adapters**: inputs that are read for no weight's gradient are not kept, and a layer below all that
-  is trained keeps nothing (`planning/trained_weights.py`); equal to saved-tensor hooks to the byte.
+* **Frozen weights and adapters**: inputs that are read for no weight's gradient are not kept, and a layer below all
+  that is trained keeps nothing (`planning/trained_weights.py`); equal to saved-tensor hooks to the byte.
 * **While a layer runs**: `planning/forward_bytes.py` follows its forward where rows go to experts;
   `planning/backward_tape.py` goes back through it as autograd does, operator by operator: gradients, what is made
   again, rows on their way to experts; in FP8 the tiles that a product reads. They are sums over shapes, not counted by
@@ -43,8 +43,8 @@ does not fit, what would have to change.
 * **Beyond the allocator**: CUDA's context, NCCL's buffers, fragments (2 to 10 %), as a range from "at least" to
   "perhaps"; a job fits where the upper end does, and is `tight` in between.
 
-Not counted: the optimizer's temporary tensors, checkpoints being copied for `--async-save`, workspaces of libraries, and
-all that others run on the GPU.
+Not counted: the optimizer's temporary tensors, checkpoints being copied for `--async-save`, workspaces of libraries,
+and all that others run on the GPU.
 
 ## Against published numbers
 Each for the engine that it is of; GiB.
