@@ -126,8 +126,7 @@ def _experts(tape: Tape, shapes: LayerShapes, stream: float) -> None:
     """
     model, numbers, layout = shapes.model, shapes.numbers, shapes.layout
     h, own = model.hidden_size, shapes.own
-    copies = own * model.num_experts_per_tok * shapes.served
-    rows = copies * layout.etp * (shapes.traffic.imbalance if layout.ep > 1 else 1)
+    copies, rows = shapes.copies, shapes.expert_rows
     sent, got, token = numbers.plain(copies, h), numbers.plain(rows, h), numbers.plain(own, h)
     of_expert = 3 * model.n_routed_experts // layout.ep * h * model.moe_intermediate_size // layout.etp
     hidden = numbers.plain(rows, model.moe_intermediate_size // layout.etp)

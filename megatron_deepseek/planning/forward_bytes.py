@@ -90,14 +90,14 @@ class _Run(NamedTuple):
 def _whole_experts(shapes: LayerShapes, run: _Run) -> Forward:
     """Return the bytes where each expert is whole on one rank."""
     numbers, h, layout, before = shapes.numbers, shapes.model.hidden_size, shapes.layout, run.before
-    rows, results, token = _rows(shapes), numbers.plain(_rows(shapes), h), numbers.plain(shapes.own, h)
+    rows, results, token = shapes.expert_rows, numbers.plain(shapes.expert_rows, h), numbers.plain(shapes.own, h)
     sorted_rows, running = numbers.product_input(rows, h), run.at_most(shapes, rows)
     if layout.ep == 1:
         return Forward(before + sorted_rows, before + max(running, run.kept + results + token))
     if shapes.traffic.dispatcher == "allgather":
         tokens = numbers.plain(shapes.own * layout.ep, h)
         return Forward(before + sorted_rows, before + max(running, run.kept + tokens + max(results, token)))
-    back = max(2 * results, results + numbers.plain(_copies(shapes), h))  # sorted as they came, and sent back
+    back = max(2 * results, results + numbers.plain(shapes.copies, h))  # sorted as they came, and sent back
     return Forward(before + sorted_rows, before + max(running, run.kept + back))
 
 
@@ -106,16 +106,7 @@ def _with_slices(shapes: LayerShapes, run: _Run) -> Forward:
     Rows are padded to be as many on each rank: that is a copy, before as behind.
     """
     numbers, h, layout = shapes.numbers, shapes.model.hidden_size, shapes.layout
-    gathered, own = _rows(shapes), _rows(shapes) / layout.etp
+    gathered, own = shapes.expert_rows, shapes.expert_rows / layout.etp
     held = run.before + numbers.plain(own, h)
     behind = run.kept + 2 * numbers.plain(gathered, h) + 2 * numbers.plain(own, h)
     return Forward(held, held + max(run.at_most(shapes, gathered), behind))
-
-
-def _copies(shapes: LayerShapes) -> float:
-    return shapes.own * shapes.model.num_experts_per_tok * shapes.served
-
-
-def _rows(shapes: LayerShapes) -> float:
-    """Return how many rows this rank's experts get."""
-    return _copies(shapes) * shapes.layout.etp * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)

@@ -15,7 +15,7 @@ from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.planning.trained_weights import ALL, Trained, kept_where
-from megatron_deepseek.planning.waiting_bytes import expert_rows, inner_bytes, waiting_bytes
+from megatron_deepseek.planning.waiting_bytes import inner_bytes, waiting_bytes
 from megatron_deepseek.settings import OffloadSettings, RecomputeSettings
 
 
@@ -106,8 +106,7 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
     if again:
         again = replace(again, most=max(again.most, attention_forward(shapes, index, whole, trained)))
-    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again,
-                            trained)
+    moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again, trained)
     read = _sum(each for each in held if each.name in _READ_BEFORE_EXPERTS) if not mode.offloaded else 0.0
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes) - read) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
@@ -134,7 +133,7 @@ def _stream(shapes: LayerShapes) -> float:
 
 def _sent_back(shapes: LayerShapes) -> float:
     """Return the bytes of gradients on their way to the experts."""
-    return shapes.numbers.plain(expert_rows(shapes), shapes.model.hidden_size)
+    return shapes.numbers.plain(shapes.expert_rows, shapes.model.hidden_size)
 
 
 def _made_at_all(whole: Iterable[Kept], mode: LayerMode) -> tuple[Kept, ...]:

@@ -88,6 +88,16 @@ class LayerShapes:
         return self.whole // self.layout.tp
 
     @property
+    def copies(self) -> float:
+        """Return the copies of tokens that a rank sends to experts."""
+        return self.own * self.model.num_experts_per_tok * self.served
+
+    @property
+    def expert_rows(self) -> float:
+        """Return how many rows a rank's experts get."""
+        return self.copies * self.layout.etp * (self.traffic.imbalance if self.layout.ep > 1 else 1)
+
+    @property
     def gathers(self) -> bool:
         """Return whether what enters a tensor-parallel region is gathered, and no tensor of the stream."""
         return self.layout.tp > 1 and self.layout.sequence_parallel

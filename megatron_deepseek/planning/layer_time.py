@@ -11,7 +11,7 @@ from megatron_deepseek.planning.activations import layer, mtp, total
 from megatron_deepseek.planning.attention_activations import travelling_width
 from megatron_deepseek.planning.efficiency import PASSES_BACKWARD, PASSES_FORWARD, Rates
 from megatron_deepseek.planning.flops import attention_core_flops
-from megatron_deepseek.planning.layer_bytes import LayerMode, expert_rows, layer_bytes
+from megatron_deepseek.planning.layer_bytes import LayerMode, layer_bytes
 from megatron_deepseek.planning.layer_shapes import EXPERT_ACTIVATION, LAYERNORM, UP_PROJECTION, LayerShapes
 from megatron_deepseek.planning.network import Network
 from megatron_deepseek.planning.products import Product, layer_products
@@ -114,7 +114,7 @@ def _exchange(machine: Machine, shapes: LayerShapes, index: int) -> float:
         return 0.0
     network, numbers = machine.network, shapes.numbers
     width = numbers.product_input(1, model.hidden_size) + numbers.plain(1, model.hidden_size)
-    slices = 2 * network.gather(numbers.plain(expert_rows(shapes), model.hidden_size), layout.etp, 1)
+    slices = 2 * network.gather(numbers.plain(shapes.expert_rows, model.hidden_size), layout.etp, 1)
     if layout.ep == 1:
         return slices
     if traffic.dispatcher == "allgather":

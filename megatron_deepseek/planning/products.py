@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megatron_deepseek.model.architecture.parameters import Parameter, layer_rows, outer_rows
 from megatron_deepseek.model.architecture.placements import EP, ETP, TP
-from megatron_deepseek.planning.layer_bytes import expert_rows
 from megatron_deepseek.planning.layer_shapes import UP_PROJECTION, LayerShapes
 
 # What mla_up_proj of --recompute-modules makes again: queries, keys and values, of whatever they are made of.
@@ -55,7 +54,7 @@ def _product(shapes: LayerShapes, row: Parameter) -> Product:
     local = row.placement.local_shape(row.shape, _ranks(shapes))
     if row.mesh == "expert":
         groups, columns, width = local
-        return Product(expert_rows(shapes), columns, width, groups, fp8)
+        return Product(shapes.expert_rows, columns, width, groups, fp8)
     columns, width = local
     rows = shapes.whole if row.placement.divisions else shapes.own if _WIDE[0] in row.name else shapes.stream
     again = UP_PROJECTION if row.name.split(".")[-2] in _REMADE else None

@@ -86,7 +86,7 @@ def products(shapes: LayerShapes, index: int, apart: bool = True) -> Iterator[Pr
                           form(whole, width))
         yield Product(DOWN, whole, width, form(whole, h) + numbers.fp8 * form(whole, width))
     if moe:
-        groups, rows, width = model.n_routed_experts // layout.ep, expert_rows(shapes), (
+        groups, rows, width = model.n_routed_experts // layout.ep, shapes.expert_rows, (
             model.moe_intermediate_size // layout.etp)
         yield Product((EXPERTS_UP,), rows, h, 2 * form(rows, width, groups), 2)
         yield Product((EXPERTS_DOWN,), rows, width,
@@ -111,9 +111,3 @@ def attention_products(shapes: LayerShapes, apart: bool = True) -> Iterator[Prod
     seen = whole * (shapes.layout.cp if apart else 1)
     yield Product((VALUE,), seen, model.kv_lora_rank,
                   form(seen, shapes.heads * (model.qk_nope_head_dim + model.v_head_dim)))
-
-
-def expert_rows(shapes: LayerShapes) -> float:
-    """Return how many rows this rank's experts get."""
-    rows = shapes.own * shapes.model.num_experts_per_tok * shapes.served * shapes.layout.etp
-    return rows * (shapes.traffic.imbalance if shapes.layout.ep > 1 else 1)
