@@ -21,7 +21,10 @@ PROMPTS = _prompts()  # ids behind those of the special tokens
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy text of LENGTH tokens, and the log-probabilities of the TOP likeliest first tokens by their ids."""
+    """A greedy text of LENGTH tokens, and the log-probabilities of the TOP likeliest first tokens by their ids.
+
+    `first` is empty where the engine does not tell of the first token.
+    """
 
     tokens: list[int]
     first: dict[int, float]

@@ -5,6 +5,8 @@ weights do neither: std 1.3 / sqrt(inputs), embedding 1, head 3 / sqrt(hidden), 
 No text ends: the end's logit is 0, and the likeliest token's about 9.
 """
 
+import argparse
+import inspect
 import json
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from megatron_deepseek.data.tokenizer import BOS, EOD
 from megatron_deepseek.model.architecture.config import ModelConfig, RopeScaling
 from megatron_deepseek.model.architecture.parameters import BIAS, EMBEDDING, HEAD
 
-REPOSITORY = Path(__file__).parents[2]
 VOCABULARY, EOS = 512, 1
 DAMPING = 0.1
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -80,10 +81,10 @@ def calm_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def write_engine_model(directory: Path, config: ModelConfig, calm: bool = False) -> Path:
-    """Write a Hugging Face directory with a tokenizer of V3's kind, trained on this repository's README."""
+    """Write a Hugging Face directory with a tokenizer of V3's kind, trained on a source of the standard library."""
     weights = calm_weights(config) if calm else spread_weights(config)
     write_hf(directory, weights, config.to_hf_dict() | {"torch_dtype": "float32"}, shards=1)
-    save(train([(REPOSITORY / "README.md").read_text()], VOCABULARY), directory / "tokenizer.json")
+    save(train([inspect.getsource(argparse)], VOCABULARY), directory / "tokenizer.json")
     fields = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOD, "pad_token": EOD,
               "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(fields))

@@ -59,9 +59,14 @@ class LlamaServer:
         return self.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
     def answer(self, prompt: list[int]) -> Answer:
+        """Return the text, and the first token's log-probabilities where the server tells them.
+
+        It tells nothing of a token that ends amid a UTF-8 character: its list begins with a later token then.
+        """
         said = self.ask("/completion", prompt=prompt, n_predict=LENGTH, temperature=0, samplers=["top_k"], top_k=1,
                         ignore_eos=True, return_tokens=True, n_probs=TOP, cache_prompt=False)
-        first = said["completion_probabilities"][0]["top_logprobs"]
+        told = said["completion_probabilities"][0]
+        first = told["top_logprobs"] if told["id"] == said["tokens"][0] else []
         return Answer(said["tokens"], {each["id"]: each["logprob"] for each in first})
 
     def answers(self) -> list[Answer]:

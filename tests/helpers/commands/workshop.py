@@ -77,17 +77,22 @@ class Workshop:
 
 
 def make_workshop(directory: Path) -> Workshop:
-    """This repository's sources, ready for training; what an earlier call made in `directory` is kept."""
+    """Python's standard library, ready for training; what an earlier call made in `directory` is kept.
+
+    This repository's own sources would be another corpus after every change to any of them.
+    """
     workshop = Workshop(directory, directory / "config.json", directory / "corpus_text_document")
     if workshop.config.exists():
         return workshop
     directory.mkdir(parents=True, exist_ok=True)
     corpus = directory / "corpus.jsonl"
-    with corpus.open("w") as file:
-        for path in sorted((REPOSITORY / "megatron_deepseek").rglob("*.py")):
-            file.write(json.dumps({"text": path.read_text()}) + "\n")
-    tool = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(corpus),
-            "--output-prefix", str(directory / "corpus"), "--tokenizer-type", "ByteTokenizer", "--append-eod"]
-    subprocess.run(tool, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    _run_tool("make_corpus.py", "--output", str(corpus), "--max-bytes", "2_000_000")
+    _run_tool("preprocess_data.py", "--input", str(corpus), "--output-prefix", str(directory / "corpus"),
+              "--tokenizer-type", "ByteTokenizer", "--append-eod")
     workshop.config.write_text(json.dumps(CONFIG))
     return workshop
+
+
+def _run_tool(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(REPOSITORY / "tools" / name), *arguments], check=True, capture_output=True,
+                   text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
