@@ -7,6 +7,7 @@ out. `docs/dry_run.md` says how it is compared with the code itself.
 
 from collections.abc import Iterable
 
+from megatron_deepseek.planning.adapter_inputs import AS_NUMBERS
 from megatron_deepseek.planning.attention_tape import grouped_query_backward, latent_backward
 from megatron_deepseek.planning.byte_tape import Backward, Tape
 from megatron_deepseek.planning.forward_bytes import Forward
@@ -101,7 +102,7 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         tape.drop(of_gradient)
     else:
         tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
-    tape.free(source)
+    tape.free(source, source + AS_NUMBERS)
     tape.drop(hidden, 0.0 if received or as_tiles else gradient)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
+from megatron_deepseek.planning.adapter_inputs import seen_by_adapters
 from megatron_deepseek.planning.attention_forward import attention_forward
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
@@ -94,6 +95,8 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     depth = index - shapes.model.num_hidden_layers
     all_kept = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
     whole = kept_where(trained, all_kept, shapes.own * shapes.model.hidden_size * shapes.numbers.wide)
+    if trained.adapted and shapes.numbers.fp8:
+        whole = tuple(seen_by_adapters(shapes, whole, trained))
     if trained.adapted:
         whole += (Kept("what adapters' A make", inner_bytes(shapes, index, trained)),)
     waiting = waiting_bytes(shapes, index, remaining(whole, ()), trained)

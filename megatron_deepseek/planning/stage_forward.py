@@ -8,11 +8,12 @@ another run takes turns with it (replay.py), each exchange of rows ends a piece.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from megatron_deepseek.planning.gathered_units import Gathered, by_layer
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import BEFORE, BEGUN, FREED, FREED_BY_FORWARDS, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import Piece
-from megatron_deepseek.planning.stage_states import Gathered, by_layer, gathers_ahead, passing
+from megatron_deepseek.planning.stage_states import gathers_ahead, passing
 from megatron_deepseek.planning.state_bytes import Divided
 
 
@@ -66,8 +67,11 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
     """Yield the moments of a forward."""
     exchanges, began, freed = job.exchanges, 0, 0.0
     behind, outer = beside + sum(each.kept for _, each in layers), weights.outer if weights else 0.0
+    before = None
     for index, layer in layers:
-        behind -= layer.kept
+        if weights:
+            yield _Instant(-behind, weights.entering(index, before), freed, began)
+        behind, before = behind - layer.kept, index
         own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
         if moe:
             yield _Instant(layer.attending - behind, weights.attending(index) if weights else 0.0, freed, began)
