@@ -23,8 +23,9 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     if it does not. `trained`: which of its weights are trained, or have adapters.
     """
     there = list(there)
-    tape = Tape(whole, there, deferred, shapes.numbers, trained)
-    model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
+    model = shapes.model
+    tape = Tape(whole, there, deferred, shapes.numbers, trained, model.n_routed_experts // shapes.layout.ep)
+    stream = shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges

@@ -44,16 +44,16 @@ class Backward:
 class Tape:
     """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
     others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `trained`:
-    which weights of the layer have gradients, or adapters.
+    which weights of the layer have gradients, or adapters. `groups`: a rank's routed experts.
     """
 
     def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers,
-                 trained: Trained = ALL):
+                 trained: Trained = ALL, groups: int = 1):
         self._sizes: dict[str, float] = {}
         for each in whole:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
-        self._deferred, self._numbers, self._trained = deferred, numbers, trained
+        self._deferred, self._numbers, self._trained, self._groups = deferred, numbers, trained, groups
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
         self._piece = 0
         self.moments: list[Backward] = []
@@ -116,6 +116,7 @@ class Tape:
         if source is not None:
             self.use(source)
         each = self.tiles(gradient) if in_recipe else 0.0
+        plain = self._made_plain(parameters, experts) if in_recipe else 0.0
         if self.is_frozen(source):
             self.make(each)
             self.make(result)
@@ -124,11 +125,20 @@ class Tape:
             self.make(2 * each)
             self.make(result)
             self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
+        self.drop(plain)
         if not received and (each or not self._waits(source)):
             self.drop(gradient)
         self._adapter(source, result, stays)
         if source is not None and not stays:
             self.free_unless_deferred(source)
+
+    def _made_plain(self, parameters: float, experts: bool) -> float:
+        """Make a weight plain for a product, and return its bytes; 0 if it is so in any case."""
+        made, beside = self._numbers.made_plain(parameters), self._numbers.while_made(
+            parameters, self._groups if experts else 1)
+        self.make(made + beside)
+        self.drop(beside)
+        return made
 
     def products_of_swiglu(self, source: str, count: int, gradient: float, result: float, parameters: float,
                            experts: bool = False) -> None:

@@ -40,6 +40,11 @@ class Gathered:
         """Return what there is while routed experts are gathered again."""
         return self.outer + self.layers[index].all + self.unpacking_experts(index, again=True)
 
+    def unpacking(self, index: int) -> float:
+        """Return what there is beside a layer's units while the fuller one is gathered for the first time."""
+        dense = self.sent[index].dense + self.made[index].dense
+        return max(dense, self.unpacking_experts(index, again=False))
+
     def unpacking_experts(self, index: int, again: bool) -> float:
         """Return what there is beside gathered experts while they are gathered, the first time or `again`.
 

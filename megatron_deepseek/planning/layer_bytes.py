@@ -122,8 +122,19 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     else:
         gathering, behind = 0.0, 0
         beyond = host if mode.offloaded else total(whole) - kept if mode.full else 0.0
-        forward = max(buffers(shapes) + beyond, attending)
+        forward = max(buffers(shapes) + beyond, attending, beyond + _leaving_mlp(shapes))
     return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind, attending)
+
+
+def _leaving_mlp(shapes: LayerShapes) -> float:
+    """Return the bytes while a dense MLP's hidden state is multiplied with a weight that is made plain, beside what an
+    adapter has given; 0 for a plain weight.
+    """
+    model, numbers = shapes.model, shapes.numbers
+    number, given = model.intermediate_size // shapes.layout.tp * model.hidden_size, numbers.plain(
+        shapes.whole, model.hidden_size)
+    made = numbers.made_plain(number)
+    return given + made + max(given, numbers.while_made(number)) if made else 0.0
 
 
 def _sum(kept: Iterable[Kept]) -> float:

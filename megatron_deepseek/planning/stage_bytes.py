@@ -87,17 +87,16 @@ def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: flo
         return 0.0
     if gathers_ahead(job):
         there = units.all if job.freed_by_forwards else 0.0  # which do not stand behind it then
-        most = max((max(each.dense, each.experts) for each in units.sent.values()), default=0.0)
-        return there + max(most, units.outer_sent) - kept
+        return there + max([units.outer_sent, *map(units.unpacking, indices)]) - kept
     if job.freed_by_forwards:
         entered = units.entering(indices[0], None) if indices else units.outer
         return entered + units.outer_sent - kept
     missing, left, behind = units.all - units.outer, units.outer_sent, kept
     found = [0.0, left - kept - missing]
     for index, layer in zip(indices, layers):
-        own, sent, made = units.layers[index], units.sent[index], units.made[index]
+        own = units.layers[index]
         missing -= own.dense
-        found.append(left + sent.dense + made.dense - behind - missing)
+        found.append(left + units.sent[index].dense + units.made[index].dense - behind - missing)
         left, behind, missing = units.left(index), behind - layer.kept, missing - own.experts
         found.append(units.unpacking_experts(index, again=False) + layer.gathering - behind - missing)
     return max(found)
