@@ -145,6 +145,8 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     """Yield the moments of a whole backward."""
     weights, upwards = by_layer(job, stage), [index for index, _ in reversed(layers.each)]
     outside = weights.outer if weights else 0.0
+    if weights:
+        yield Instant(0.0, gathered=outside + weights.outer_sent)
     yield Instant(layers.loss, gathered=outside + _coming(weights, upwards))
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
     freed = 0.0
@@ -156,7 +158,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
             now = Instant(moment.bytes + made + there - given * moment.given, done, before, gathered=(
-                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0), freed=freed)
+                weights.at(index, after, bool(moment.ended), moment) if weights else 0.0), freed=freed)
             if moment.ends == "router":  # its own buffer is small
                 before = NOTHING
             elif moment.ends:
@@ -227,6 +229,8 @@ def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathe
 def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | None) -> Iterator[Instant]:
     """Yield the moments of a backward of the inputs. What it gathers stays."""
     later, began, upwards = weights.outer if weights else 0.0, 0, [index for index, _ in reversed(layers.each)]
+    if weights:
+        yield Instant(0.0, gathered=later + weights.outer_sent)
     yield Instant(layers.loss, gathered=later + _coming(weights, upwards))
     free, waits, given = layers.beside, layers.waits, layers.given
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
@@ -237,7 +241,7 @@ def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | 
             yield Instant(layer.sent + there - given, gathered=beyond + weights.gathering_experts(index), piece=behind)
         for moment in layer.moments:
             piece = began + moment.piece
-            gathered = beyond + weights.at(index, after, piece < behind, "") if weights else 0.0
+            gathered = beyond + weights.at(index, after, piece < behind, moment) if weights else 0.0
             yield Instant(moment.bytes + there - given * moment.given, gathered=gathered, piece=piece,
                           waits=moment.waits)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0

@@ -30,9 +30,7 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
         for made, number in ((again.gathering, turns.out), (again.most, turns.back)):
-            tape.make(made - held)
-            tape.exchange(number * model.is_moe_layer(index))
-            tape.drop(made - held)
+            tape.rerun(made - held, number * model.is_moe_layer(index))
         tape.use(*(each.name for each in whole))
     mtp = index >= model.num_hidden_layers
     if mtp:
@@ -62,7 +60,7 @@ def _peaks(moments: list[Backward]) -> tuple[Backward, ...]:
     """Return the moments that can be the highest: of those with the same weight gradients the one with most bytes."""
     best: dict[tuple, Backward] = {}
     for each in moments:
-        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits
+        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns
         if key not in best or each.bytes > best[key].bytes:
             best[key] = each
     return tuple(best.values())

@@ -28,7 +28,7 @@ class Backward:
     again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
     the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
     "experts", "router" or "layer"; `ended`: the one of these that has ended last. `piece`: how many exchanges have
-    begun before; `waits`: the next one begins now.
+    begun before; `waits`: the next one begins now. `reruns`: the layer's forward is made again.
     """
 
     bytes: float
@@ -39,6 +39,7 @@ class Backward:
     ended: str = ""
     piece: int = 0
     waits: bool = False
+    reruns: bool = False
 
 
 class Tape:
@@ -55,13 +56,21 @@ class Tape:
         self._there = {each.name for each in there}
         self._deferred, self._numbers, self._trained, self._groups = deferred, numbers, trained, groups
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
-        self._piece = 0
+        self._piece, self._reruns = 0, False
         self.moments: list[Backward] = []
 
     def make(self, size: float) -> None:
         """Allocate so many bytes."""
         self._now += size
         self._note()
+
+    def rerun(self, size: float, exchanges: int) -> None:
+        """Have so many bytes while the layer's forward is made again, and until so many exchanges have begun."""
+        self._reruns = True
+        self.make(size)
+        self.exchange(exchanges)
+        self.drop(size)
+        self._reruns = False
 
     def drop(self, *sizes: float) -> None:
         """Free what was made."""
@@ -223,7 +232,7 @@ class Tape:
 
     def _note(self, waits: bool = False) -> None:
         self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
-                                     waits))
+                                     waits, self._reruns))
 
 
 def _readers(source: str) -> tuple[str, ...]:

@@ -81,8 +81,9 @@ class _Run(NamedTuple):
 
     def at_most(self, shapes: LayerShapes, rows: float) -> float:
         """Return the most that exists in experts, which get so many rows: those, gate and up, hidden, and results."""
-        width, numbers, h = shapes.model.moe_intermediate_size // shapes.layout.etp, shapes.numbers, shapes.model.hidden_size
-        experts = shapes.model.n_routed_experts // shapes.layout.ep
+        model, numbers, h = shapes.model, shapes.numbers, shapes.model.hidden_size
+        width = model.moe_intermediate_size // shapes.layout.etp
+        experts = model.n_routed_experts // shapes.layout.ep
         gate_up, results = 2 * numbers.product_input(rows, width), numbers.plain(rows, h)
         up, down = (max(count * size, (count > 1) * size + numbers.made_plain(number) + max(
             size, numbers.while_made(number, experts))) for count, size, number in (

@@ -1,15 +1,17 @@
 """The weights of a stage as FSDP gathers them: what there is of a unit while it is gathered, and of the one before it.
 
-What all data ranks have sent of a unit is one tensor, which is there until it is unpacked; in forwards that of routed
-experts, the others' until the next unit is unpacked too. Weights of the FP8 recipe are then made tiles, one after the
-other, in both orders: as many bytes as before. Where they were gathered once, their tiles have memory of their own,
-to which the new ones are copied (ops/fp8/weight.py). With --fp8-param-gather routed experts are sent as codes.
+What all data ranks have sent of a unit is one tensor, which is there until it is unpacked, and in forwards until the
+next unit is; where a backward makes a forward again, until its experts have run. Weights of the FP8 recipe are then
+made tiles, one after the other, in both orders: as many bytes as before. Where they were gathered once, their tiles
+have memory of their own, to which the new ones are copied (ops/fp8/weight.py). With --fp8-param-gather routed experts
+are sent as codes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.byte_tape import Backward
 from megatron_deepseek.planning.held_parameters import largest_products
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
@@ -60,16 +62,16 @@ class Gathered:
         first = third * (4 if self.from_host and not self.frozen else 2)
         return max(first, third + tiles)
 
-    def at(self, index: int, after: int | None, experts_over: bool, ends: str) -> float:
+    def at(self, index: int, after: int | None, experts_over: bool, moment: Backward) -> float:
         """Return what is gathered in a moment of layer `index`'s backward, before that of layer `after`. A unit that
         ends is free before its gradients are summed or reduced.
         """
         dense, experts = self.layers[index].dense, self.layers[index].experts
         coming = self.sent[after].dense if after is not None else 0.0
-        if ends == "layer":
+        if moment.ends == "layer":
             return self.outer + coming
-        there = 0.0 if experts_over or ends == "experts" else experts
-        return self.outer + dense + there + coming
+        there = 0.0 if experts_over or moment.ends == "experts" else experts
+        return self.outer + dense + there + coming + (self.sent[index].experts if moment.reruns else 0.0)
 
     def beginning(self, index: int) -> float:
         """Return what is gathered when the backward of layer `index` has just gathered it."""
@@ -86,10 +88,10 @@ class Gathered:
         return self.attending(index) + 2 * self.made[index].dense + self.left(before)
 
     def left(self, before: int | None) -> float:
-        """Return what is left of what was sent of layer `before`: routers, the last units of layers with experts, are
-        small.
-        """
-        return 0.0 if before is None or self.layers[before].experts else self.sent[before].dense
+        """Return what is left of what was sent of a layer behind it, or of what is in no layer (None)."""
+        if before is None:
+            return self.outer_sent
+        return self.sent[before].experts if self.layers[before].experts else self.sent[before].dense
 
     def attending(self, index: int) -> float:
         """Return what is gathered in the forward of layer `index` before its routed experts are."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 INDEX = 8  # bytes of an index of torch (int64)
 TILE = 128
-MAKING = {4: 6, 8: 10}  # NF4: float32 with codes as int32, or as the layers' dtype; FP8: with scales in float32 and both
+MAKING = {4: 6, 8: 10}  # of NF4 float32, with codes as int32 or as the layers' dtype; of FP8 with float32 scales too
 
 
 @dataclass(frozen=True)

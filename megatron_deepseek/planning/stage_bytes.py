@@ -90,7 +90,7 @@ def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: flo
         return there + max([units.outer_sent, *map(units.unpacking, indices)]) - kept
     if job.freed_by_forwards:
         entered = units.entering(indices[0], None) if indices else units.outer
-        return entered + units.outer_sent - kept
+        return entered - kept
     missing, left, behind = units.all - units.outer, units.outer_sent, kept
     found = [0.0, left - kept - missing]
     for index, layer in zip(indices, layers):

@@ -68,11 +68,14 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
     exchanges, began, freed = job.exchanges, 0, 0.0
     behind, outer = beside + sum(each.kept for _, each in layers), weights.outer if weights else 0.0
     before = None
+    if weights:
+        yield _Instant(-behind, outer + weights.outer_sent)
     for index, layer in layers:
         if weights:
             yield _Instant(-behind, weights.entering(index, before), freed, began)
         behind, before = behind - layer.kept, index
         own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
+        left = weights.left(index) if weights else 0.0
         if moe:
             yield _Instant(layer.attending - behind, weights.attending(index) if weights else 0.0, freed, began)
             for _ in range(exchanges.out):
@@ -82,8 +85,9 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
                 yield _Instant(layer.gathering - behind, weights.gathering_experts(index), freed, began)
         yield _Instant(layer.forward - behind, weights.forward(index) if weights else 0.0, freed, began)
         for _ in range(exchanges.back if moe else 0):
-            yield _Instant(layer.forward - behind, outer + own.dense, freed + own.experts, began, True)
+            yield _Instant(layer.forward - behind, outer + own.dense + left, freed + own.experts, began, True)
             began += 1
         freed += own.all
-    yield _Instant(head, outer, freed, began)
-    yield _Instant(0.0, outer, freed + outer, began)
+    left = weights.left(before) if weights else 0.0
+    yield _Instant(head, outer + left, freed, began)
+    yield _Instant(0.0, outer + left, freed + outer, began)
