@@ -64,6 +64,15 @@ def _in_place(shapes: LayerShapes) -> bool:
     return shapes.numbers.cuda and shapes.numbers.element < shapes.numbers.wide
 
 
+def _gradient_of_logits(shapes: LayerShapes, chunk: int | None) -> float:
+    """Return the bytes while the gradient of all logits is made beside them; 0 where it is not made by this project's
+    code (parallel/vocabulary.py), or in their place.
+    """
+    by_torch = shapes.layout.tp == 1 and not shapes.numbers.cuda
+    return 0.0 if chunk is not None or by_torch or _in_place(shapes) else (
+        2 * shapes.whole * _rows(shapes) * shapes.numbers.wide)
+
+
 def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True, predictions: int = 1) -> float:
     """Return the bytes that exist only while the backward of the head runs, beside what it keeps: the gradients of the
     head's weight and input, and a block of logits that is made again for the weight's. With a frozen weight it is the
@@ -75,7 +84,7 @@ def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True, 
     if not trained:
         return numbers.plain(shapes.whole, model.hidden_size)
     weight, of_input = numbers.plain(vocabulary, model.hidden_size), numbers.plain(shapes.whole, model.hidden_size)
-    first = weight + of_input + head_forward(shapes, chunk)
+    first = max(weight + of_input + head_forward(shapes, chunk), _gradient_of_logits(shapes, chunk))
     if predictions == 1:
         return first
     if chunk is not None:

@@ -99,6 +99,7 @@ def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: flo
         found.append(left + units.sent[index].dense + units.made[index].dense - behind - missing)
         left, behind, missing = units.left(index), behind - layer.kept, missing - own.experts
         found.append(units.unpacking_experts(index, again=False) + layer.gathering - behind - missing)
+        found.append(left + layer.forward - behind - missing)
     return max(found)
 
 
