@@ -127,7 +127,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
         for_head = not part.loss or not shapes.gathers and _head_reads(job, shapes)
-        if for_head or model.num_nextn_predict_layers:
+        passed_on = not part.mtp and output_bytes(job, stage, shapes) > 0  # as the output of the stage, which it is
+        if (for_head or model.num_nextn_predict_layers) and not passed_on:
             yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers

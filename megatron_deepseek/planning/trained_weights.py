@@ -13,7 +13,7 @@ from megatron_deepseek.model.architecture.adapters import LoraSettings, is_adapt
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import is_frozen
 from megatron_deepseek.model.architecture.parameters import EMBEDDING, Parameter, layer_rows
-from megatron_deepseek.planning.layer_shapes import UP_PROJECTION, Kept
+from megatron_deepseek.planning.layer_shapes import LAYERNORM, UP_PROJECTION, Kept
 from megatron_deepseek.settings import Settings
 
 _ATTENTION, _MLP, _SHARED, _EXPERTS = "self_attn.", "mlp.", "mlp.shared_experts.", "mlp.experts."
@@ -142,6 +142,9 @@ def _kept(trained: Trained, kept: tuple[Kept, ...], wide: float) -> Iterator[Kep
         elif name in _PROJECTED and trained.attends and each.for_again is None and (
                 name == _PROJECTED[0] or _PROJECTED[0] not in names):
             yield replace(each, for_again=UP_PROJECTION)
+        elif name == _BEFORE_MLP and trained.any_of(_MLP) or name == "input of the layer" and (
+                trained.gradients_of(*ENTRY)):  # the norm's output is made again of it
+            yield replace(each, for_again=LAYERNORM)
         if name == "router's scores" and trained.adapts(ROUTER):
             yield Kept("router's input in float32", wide)
 
