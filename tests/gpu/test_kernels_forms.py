@@ -5,6 +5,7 @@ import torch
 from references import plain
 
 from megatron_deepseek.ops.backends.cuda import gemm, layers, quantize
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, plain as numbers_of
 from megatron_deepseek.ops.fp8.encoding import dequantize_1x128, dequantize_128x128, quantize_128x1
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm_wgrad
 
@@ -54,6 +55,24 @@ def test_permutations(device):
          lambda y, w: plain.weighted_sum(y, w, order_R, inverse_R),
          (leaf(60, 24, device=device), torch.rand(20, 3, device=device, requires_grad=True)),
          tolerance={"rtol": 2**-6, "atol": 0.05})  # the reference rounds the weights to bfloat16
+
+
+@pytest.mark.parametrize("in_tiles", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_permutations_of_tiles(device, copies, in_tiles):
+    """Codes and scales are moved; the gradient comes in numbers or in tiles."""
+    order_R, inverse_R, _ = plain.sort_by_expert(torch.rand(20, 8, device=device).topk(3, -1).indices, 8)
+    ours, reference = ((layers.permute, plain.permute), (layers.copy_and_permute, plain.copy_and_permute))[copies > 1]
+    x = BlockScaled(*plain.quantize_1x128(torch.randn(60 // copies, 160, device=device).bfloat16(), True),
+                    torch.bfloat16).requires_grad_()
+    got, expected = (f(x, order_R, inverse_R) for f in (ours, reference))
+    assert torch.equal(got.q.view(torch.uint8), expected.q.view(torch.uint8)) and torch.equal(got.scale, expected.scale)
+    upstream = torch.randn(60, 160, device=device).bfloat16()
+    if in_tiles:
+        upstream = BlockScaled(*plain.quantize_1x128(upstream, True), torch.bfloat16)
+    mine, wanted = (torch.autograd.grad(y, x, upstream)[0] for y in (got, expected))
+    assert isinstance(mine, BlockScaled) == isinstance(wanted, BlockScaled) == (in_tiles and copies == 1)
+    torch.testing.assert_close(*(numbers_of(grad) for grad in (mine, wanted)), **BF16)
 
 
 def test_cross_entropy(device):
