@@ -151,7 +151,7 @@ int main() {
   };
   const GemmOutput narrow{at<void>(0x5000), false}, wide{at<void>(0x5000), true};
   const auto dense = [&](const char* name, GemmOutput out, bool tma_store, bool clusters) {
-    named(name, [&] { scaled_mm(a(8200, 600, 640), b(1, 400, 600, 656, true), out, {tma_store, clusters}, stream); });
+    named(name, [&] { scaled_mm(a(16400, 600, 640), b(1, 400, 600, 656, true), out, {tma_store, clusters}, stream); });
   };
   has_encoder = false;
   dense("without the driver's encoder", narrow, false, false);

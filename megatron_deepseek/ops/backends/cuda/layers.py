@@ -49,7 +49,7 @@ class _GatherTiles(torch.autograd.Function):
     def forward(ctx, x_TH, order_R, inverse_R, copies):
         ctx.save_for_backward(order_R, inverse_R)
         ctx.copies = copies
-        return take_rows(x_TH, order_R // copies)
+        return take_rows(x_TH, order_R if copies == 1 else order_R // copies)
 
     @staticmethod
     def backward(ctx, grad_RH):

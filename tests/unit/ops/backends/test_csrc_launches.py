@@ -47,12 +47,12 @@ def tensor_map(address: int, rows: int, columns: int, pitch: int, box_rows: int 
             "kind": KIND}
 
 
-A, B = tensor_map(0x1000, 8200, 600, 640), tensor_map(0x3000, 400, 600, 656)
+A, B = tensor_map(0x1000, 16400, 600, 640), tensor_map(0x3000, 400, 600, 656)
 
 
 @pytest.mark.parametrize("call, expected", [
     ("dense", [A, B, NO_MAP]), ("float32", [A, B, NO_MAP]), ("clusters", [A, B, NO_MAP]),
-    ("tma_store", [A, B, tensor_map(0x5000, 8200, 800, 800, box_rows=16)]),
+    ("tma_store", [A, B, tensor_map(0x5000, 16400, 800, 800, box_rows=16)]),
     ("unaligned", [tensor_map(0x1000, 100, 128, 128), tensor_map(0x3000, 391, 128, 128), NO_MAP]),
     ("grouped", [tensor_map(0x1000, 1000, 256, 256), tensor_map(0x3000, 3 * 200, 256, 256), NO_MAP]),
     ("wgrad", [tensor_map(0x1000, 300, 1024, 1024), tensor_map(0x3000, 136, 1024, 1024), NO_MAP])])
@@ -63,7 +63,7 @@ def test_tensor_maps(launches, call, expected):
 
 
 @pytest.mark.parametrize("call, turns, halves, stages", [
-    ("dense", 33 * 4, 2, 4), ("float32", 33 * 4, 2, 4), ("tma_store", 33 * 4, 2, 4), ("small", 2, 1, 6),
+    ("dense", 65 * 4, 2, 4), ("float32", 65 * 4, 2, 4), ("tma_store", 65 * 4, 2, 4), ("small", 2, 1, 6),
     ("grouped", 9 * 2, 1, 6), ("wgrad", 3 * 2 * 2 * 2, 1, 6)])
 def test_products(launches, call, turns, halves, stages):
     """A persistent block on each multiprocessor, if there is work for so many, with room for the ring of stages."""
@@ -78,7 +78,7 @@ def test_clusters(launches):
     """Two neighbouring blocks each, and no more than all multiprocessors hold."""
     (launch,) = launches["clusters"]
     assert launch["cluster"] == [2, 1, 1]
-    assert launch["grid"] == [2 * min(33 * 2, MULTIPROCESSORS // 2), 1, 1]
+    assert launch["grid"] == [2 * min(65 * 2, MULTIPROCESSORS // 2), 1, 1]
 
 
 @pytest.mark.parametrize("call, grid, threads", [

@@ -143,6 +143,48 @@ def test_instructions_are_as_many_as_the_form_needs(compiled):
     assert len({form_of(name) for name in compiled}) == 12
 
 
+def documented(pattern: str) -> int:
+    """Return the number that docs/kernels.md has in a sentence, whose lines may break anywhere."""
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    found = re.findall(pattern.replace(" ", r"\s+"), page)
+    assert len(set(found)) == 1, (pattern, found)
+    return int(found[0])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_documented_instructions(compiled):
+    """Of bfloat16 results (the last letter of a kernel's types: t) with scales of blocks, and of wgrad's in float32."""
+    if "release 13.0" not in build.run_command([build.find_nvcc(), "--version"]):
+        pytest.skip("the page is of nvcc 13.0")
+
+    def sass_of(waves: int, store: int = 0, cluster: int = 1, wgrad: bool = False) -> str:
+        form = f"GroupingE{2 if wgrad else 0}ELb{int(not wgrad)}ELi{waves}ELNS_5StoreE{store}ELi{cluster}EEE"
+        (found,) = [text for name, text in compiled.items() if form + ("f" if wgrad else "t") in name]
+        return found
+
+    def count(sass: str, start: str) -> int:
+        return sum(opcode(text).startswith(start) for text in code_of(sass))
+
+    step = {key: len(loops_of(sass_of(*key)).step) for key in (
+        (waves, store, cluster, False) for waves in (1, 2) for store in (0, 1) for cluster in (1, 2))}
+    tall, of_wgrad = sass_of(2), sass_of(2, wgrad=True)
+    assert step[2, 0, 1, False] == documented(r"The tall kernel's step has (\d+) instructions")
+    assert len(loops_of(of_wgrad).step) == documented(r"instructions, wgrad's (\d+) \(")
+    assert (len(loaded(loops_of(tall).group)), len(loaded(loops_of(of_wgrad).group))) == (
+        documented(r"a group's loads \((\d+), wgrad's \d+\)"), documented(r"a group's loads \(\d+, wgrad's (\d+)\)"))
+    assert count(tall, "SHFL") - sum("SHFL" in text for text in loops_of(tall).step) == documented(
+        r"the tall kernel's (\d+) shuffles")
+    assert count(tall, "STG") == documented(r"its direct stores \((\d+) with those for edges\)")
+    assert count(of_wgrad, "STG") == documented(r"without any shuffle \((\d+) `STG` a tall tile\)")
+    by_copies = sass_of(2, 1)
+    assert count(by_copies, "STSM") == documented(r"become (\d+) `STSM`")
+    assert count(by_copies, "UTMASTG") == documented(r"`STSM` and (\d+) `UTMASTG`")
+    assert step[2, 1, 1, False] - step[2, 0, 1, False] == 2  # "has two instructions more"
+    clustered = {key: step[*key[:2], 2, False] - step[*key[:2], 1, False] for key in step if key[2] == 2}
+    assert max(clustered.values()) <= documented(r"A step has at most (\d+) instructions more")
+
+
 def wrong_operands(sass: str) -> list[str]:
     """Return instructions whose operands are others than a kernel's: sums that begin with what was there, waits that
     leave something open, a barrier of others than a consumer's 128 threads, other registers than 40 and 232.
