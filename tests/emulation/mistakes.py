@@ -2,9 +2,9 @@
 
     python tests/emulation/mistakes.py [--only PART_OF_A_FILE_OR_NAME]
 
-By hand, since each takes a compilation and a run of tests, minutes for those of launches, which nvcc compiles. A mistake
-that no test sees is the reason to write one. A replacement that is no longer in its file is an error, so that the table
-cannot rot.
+By hand, since each takes a compilation and a run of tests, minutes for those of launches, which nvcc compiles. A
+mistake that no test sees is the reason to write one. A replacement that is no longer in its file is an error, so that
+the table cannot rot.
 """
 
 import argparse
