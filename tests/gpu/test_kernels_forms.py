@@ -90,11 +90,43 @@ def test_cross_entropy(device):
 
 
 def test_what_kernels_do_not_take(device):
-    """float64, widths of no multiple of 16 bytes: the reference's."""
-    assert layers.rope_queries(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
-    assert quantize.quantize_1x128(torch.zeros(2, 12, device=device)) is NotImplemented
-    assert layers.permute(torch.zeros(2, 3, device=device), None, None) is NotImplemented
-    assert gemm.scaled_mm(torch.zeros(0, 16, device=device), None, None, None) is NotImplemented
+    """float32 of layers, float64, widths of no multiple of 16 bytes, nothing to multiply: the reference's."""
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, leaf: bool = False) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=leaf)
+
+    fp32, chosen = torch.float32, torch.zeros(2, 2, dtype=torch.int64, device=device)
+    refused = [
+        layers.rope_queries(zeros(1, 1, 1, 24, dtype=fp32), None, 16),
+        layers.rope_queries(zeros(1, 1, 1, 24), None, 12), layers.rope_queries(zeros(1, 1, 1, 28), None, 16),
+        layers.assemble_keys(zeros(1, 1, 1, 24), zeros(1, 1, 12), None, 16),
+        layers.permute(zeros(2, 3), None, None), layers.permute(zeros(2, 8, dtype=fp32, leaf=True), None, None),
+        layers.weighted_sum(zeros(2, 8, dtype=fp32), None, None, None),
+        layers.sort_by_expert(chosen, 1025), layers.sort_by_expert(chosen.int(), 2),
+        layers.cross_entropy_statistics(zeros(2, 8, dtype=fp32), None, 0),
+        quantize.quantize_1x128(zeros(2, 12)), quantize.quantize_1x128(zeros(2, 16, dtype=torch.float64)),
+        quantize.quantize_swiglu(zeros(2, 12), zeros(2, 12)),
+        quantize.norm_quantize(zeros(2, 16, dtype=fp32), None, 0, True),
+        quantize.dequantize_e5m6(zeros(2, 24), None, 16, torch.float16),
+        gemm.scaled_mm(zeros(0, 16), None, None, None), gemm.scaled_mm(zeros(16, 0), None, None, None),
+        gemm.scaled_mm(zeros(16, 16), None, None, None, torch.float64)]
+    assert all(result is NotImplemented for result in refused), refused
+
+
+def test_gate_and_up_of_two_tensors(device):
+    """Whose rows are not equally far apart: copied first."""
+    gate = torch.randn(30, 96, device=device).bfloat16()[:, 16:64]
+    up = torch.randn(30, 48, device=device).bfloat16()
+    codes_close(quantize.quantize_swiglu(gate, up), plain.quantize_swiglu(gate, up, False))
+
+
+def test_a_second_backward_of_the_loss_is_an_error(device):
+    """The first one wrote its gradient over the logits."""
+    logits, labels = 2 * leaf(4, 40, device=device), torch.tensor([1, 2, 3, 4], device=device)
+    top, total, _ = plain.cross_entropy_statistics(logits.detach(), labels, 0)
+    keeps_them = logits * logits
+    layers.cross_entropy_gradient(logits.detach(), labels, 0, top, total, torch.ones(4, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        keeps_them.sum().backward()
 
 
 def close(got, expected, bound=2**-8):
@@ -118,9 +150,11 @@ def test_linear_of_three_products(device):
           dequantize_1x128(*plain.quantize_1x128(grad.t())) @ dequantize_1x128(*plain.quantize_1x128(x.t())).t())
 
 
-def test_experts_of_three_products(device):
-    counts = [70, 0, 150]
-    x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((220, 80), (220, 136), (3, 136, 80)))
+@pytest.mark.parametrize("counts, tall", [([70, 0, 150], True), ([300, 10, 10], False)])
+def test_experts_of_three_products(device, counts, tall):
+    assert gemm.worth_tall_tiles(counts) == tall
+    rows = sum(counts)
+    x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((rows, 80), (rows, 136), (3, 136, 80)))
     x_q, g_q, w_q = plain.quantize_1x128(x), plain.quantize_1x128(grad), plain.quantize_128x128(w)
     expected = plain.grouped_scaled_mm(*x_q, *w_q, counts)
     for form in (gemm.grouped_scaled_mm, gemm.grouped_scaled_mm_tma_store, gemm.grouped_scaled_mm_clusters,
@@ -134,7 +168,7 @@ def test_experts_of_three_products(device):
     for form in (gemm.grouped_scaled_mm_wgrad, gemm.grouped_scaled_mm_wgrad_clusters):
         got = form(*columns[0], *columns[1], counts)
         close(got, plain.grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
-        assert not got[1].any()
+        assert bool(got[1].any()) == (counts[1] > 0)
 
 
 def codes_close(got, expected):
