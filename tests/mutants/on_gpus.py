@@ -37,7 +37,7 @@ ON_GPUS = of(
     ("cuda.layers._gather", " or x.requires_grad and x.dtype != _BF16", ""),
     ("cuda.layers._gather", "if isinstance(x, BlockScaled):", "if False:"),
     ("_GatherTiles.forward", "order_R if copies == 1 else order_R // copies", "order_R"),
-    ("_GatherTiles.backward", "gather_again(part, inverse_R)", "gather_again(part, order_R)"),
+    ("_GatherTiles.backward", "gather_again(part, inverse_R)", "gather_again(part, inverse_R.argsort())"),
     ("cuda.layers.sort_by_expert", "num_experts > 1024", "num_experts > 2048"),
     ("cuda.layers.cross_entropy_gradient", "torch.autograd.graph.increment_version(logits_Tv)", "pass"),
 ) + of(

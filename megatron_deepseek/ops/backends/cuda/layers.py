@@ -47,19 +47,20 @@ class _GatherTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TH, order_R, inverse_R, copies):
-        ctx.save_for_backward(order_R, inverse_R)
+        ctx.save_for_backward(inverse_R)
         ctx.copies = copies
         return take_rows(x_TH, order_R if copies == 1 else order_R // copies)
 
     @staticmethod
     def backward(ctx, grad_RH):
-        order_R, inverse_R = ctx.saved_tensors
+        (inverse_R,) = ctx.saved_tensors
         if ctx.copies == 1:
             return map_rows(grad_RH.contiguous(), lambda part: gather_again(part, inverse_R)), None, None, None
         grad_RH, place_TK = plain(grad_RH), inverse_R.view(-1, ctx.copies)
         if not _rows_fit(grad_RH) or grad_RH.dtype != _BF16:
             return sum_rows(grad_RH, place_TK), None, None, None
-        return operator("combine_rows")(dense(grad_RH), order_R.int(), place_TK.int(), None), None, None, None
+        unread = place_TK.new_empty(0, dtype=torch.int32)  # only the derivative would read it
+        return operator("combine_rows")(dense(grad_RH), unread, place_TK.int(), None), None, None, None
 
 
 def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, copies: int):
