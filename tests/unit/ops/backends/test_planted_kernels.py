@@ -15,7 +15,7 @@ from megatron_deepseek.ops.backends.kernels import LIBRARY
 ROOT = Path(__file__).parents[4]
 FOLDER = ROOT / "tests" / "gpu"
 COMPARING = ("cross_entropy", "e5m6", "forms", "gemm", "model", "permute", "quantize", "rope")
-BY_OUTER_CASES = ("no last row", "no last column", "neighbouring scale", "truncated lane", "table of other counts")  # which are enough to see them
+BY_OUTER_CASES = ("no last row", "no last column", "neighbouring scale", "truncated lane", "table of other counts")
 EMPTY = ("0-16", "0-64", "shape3")  # in the names of cases without a number to compare
 
 
@@ -45,10 +45,11 @@ def test_every_file_is_known():
 
 @pytest.mark.parametrize("plant, cases, least", [
     ("ones", "outer", 80), pytest.param("ones", "all", 230, marks=pytest.mark.slow),
-    pytest.param("zeros", "outer", 80, marks=pytest.mark.slow), pytest.param("lost", "outer", 80, marks=pytest.mark.slow)])
+    pytest.param("zeros", "outer", 80, marks=pytest.mark.slow),
+    pytest.param("lost", "outer", 80, marks=pytest.mark.slow)])
 def test_numbers_of_nobody_are_seen_by_every_test(outcomes, plant, cases, least):
-    """But for those of empty tensors, of what kernels do not take, and of whether a kernel worked in place. `least`: how
-    many tests must have run.
+    """But for those of empty tensors, of what kernels do not take, and of whether a kernel worked in place. `least` is
+    how many tests must have run.
     """
     traced = ("traced.py::test_compiled[product]", "traced.py::test_compiled[rope_queries]")  # of many that take long
     ended = outcomes(plant, cases, *(f"{name}.py" for name in COMPARING), *traced)
