@@ -229,5 +229,5 @@ KEPT_AND_FREED = of(
      "            shared.start(partial(self.shared_experts, keys_BS=keys_BS), x_BSH)\n            shared.result()\n"),
 )
 
-AGREED = (*READ_MUTANTS, *LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *RULES, *REFUSED_ELSEWHERE, *BLOCKS,
-          *KEPT_AND_FREED)
+AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *RULES, *REFUSED_ELSEWHERE, *BLOCKS,
+          *KEPT_AND_FREED, *READ_MUTANTS)
