@@ -68,9 +68,9 @@ def test_learns_and_writes_what_the_design_says(workshop, alone):
 @pytest.mark.slow
 def test_all_validation_data_whatever_the_layout(workshop):
     """Rows that fill up the last batch are no text: on several data ranks, whole micro-batches of some. Weights are
-    compared after each step, and agree. How long the corpus is, changes with the files that it is made of.
+    compared after each step, and agree. How long the documents at the corpus's end are, changes with the Python.
     """
-    for part in range(3, 9):
+    for part in (10, 20, 25, 30, 40):
         options = f"--full-validation --split {1000 - part},{part},0 --train-iters 2 " \
                   "--check-weight-hash-across-dp-replicas-interval 1"
         alone = workshop.run(1, workshop.arguments(f"whole-{part}", *options.split()))
