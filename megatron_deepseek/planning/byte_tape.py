@@ -65,7 +65,7 @@ class Tape:
         self._note()
 
     def rerun(self, size: float, exchanges: int) -> None:
-        """Have so many bytes while the layer's forward is made again, and until so many exchanges have begun."""
+        """Allocate so many bytes while the layer's forward is made again, and until so many exchanges have begun."""
         self._reruns = True
         self.make(size)
         self.exchange(exchanges)
