@@ -55,7 +55,7 @@ DRY_RUNS = of(
     ("backward_bytes._added_to_embedding", "return 2 *", "return 0 *"),
     ("Gathered.unpacking_experts", "(1 + again) *", "1 *"),
     ("Gathered.at", "(self.sent[index].experts if moment.reruns else 0.0)", "0.0"),
-    ("Gathered.left", "return self.outer_sent", "return 0.0"),
+    ("stage_bytes._first_forward", "units.outer, units.outer_sent, kept", "units.outer, 0.0, kept"),
     ("seen_by_adapters", "each.bytes * wider * readers", "each.bytes"),
     ("Numbers.made_plain", "self.element * parameters if self.making else 0.0", "0.0"),
     ("head._gradient_of_logits", "2 * shapes.whole", "0 * shapes.whole"),

@@ -18,9 +18,11 @@ QUICK = {
     "a tied embedding, used twice on a stage": (8, 0, (
         "--model deepseek-llm-7b --num-layers 2 --bf16 --context-parallel-size 4 --seq-length 2496 "
         "--global-batch-size 6 --recompute-granularity full --loss-chunk-size 1024 --tie-word-embeddings")),
-    "tiles of weights that are gathered again": (8, 0, (
-        f"{LITE} --bf16 --fp8-format e4m3 --expert-model-parallel-size 4 --seq-length 1024 --global-batch-size 24 "
-        f"--moe-router-topk 1 --recompute-granularity full {BY_LAYER}")),
+    "tiles of weights that are gathered again": (64, 1, (
+        "--model gigachat3-10b-a1.8b --num-layers 8 --moe-layer-freq [1]*8 --mtp-num-layers 0 --bf16 --fp8-format e4m3 "
+        "--pipeline-model-parallel-size 4 --pipeline-schedule LoopedBFS --num-virtual-stages-per-pipeline-rank 2 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4 --cp-comm-type allgather "
+        f"--expert-model-parallel-size 8 --seq-length 4352 --global-batch-size 12 {BY_LAYER}")),
     "what was sent of experts, while they run": (2, 0, (
         f"{LITE} {LORA} --seq-length 4096 --global-batch-size 4 --recompute-granularity full {BY_LAYER} "
         "--quantization-bit 4")),
