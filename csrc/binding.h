@@ -15,7 +15,7 @@
 
 #include "kernels.h"
 #ifdef MEGATRON_DEEPSEEK_EMULATED
-#include "emulation.h"
+#include "emulated_result.h"
 #endif
 
 // OPERATORS(m) { m.def("name(Tensor x) -> Tensor"); }    declares operators with their arguments
@@ -41,7 +41,10 @@ using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 class Launch {
  public:
 #ifdef MEGATRON_DEEPSEEK_EMULATED
-  explicit Launch(const Tensor&) { emulation::machine().stream = this; }
+  explicit Launch(const Tensor&) {
+    emulation::machine().stream = this;
+    emulation::machine().guards.clear();
+  }
   ~Launch() { emulation::machine().stream = nullptr; }
   Launch(const Launch&) = delete;
   void* stream() const { return const_cast<Launch*>(this); }
@@ -79,7 +82,12 @@ inline void check_vectors(int64_t size, const char* name) {
 }
 
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+#ifdef MEGATRON_DEEPSEEK_EMULATED
+  return emulated_result(like, shape, dtype);
+#else
+  return torch::stable::new_empty(like, shape, dtype);
+#endif
 }
 
 inline int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }

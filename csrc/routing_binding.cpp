@@ -62,7 +62,8 @@ Tensors2 combine_backward(const Tensor& grad, const Tensor& y, const Tensor& cop
   STD_TORCH_CHECK(copy_of_slot.numel() == y.size(0) && grad.size(0) == weights.size(0), "sizes do not agree");
   const Launch launch(y);
   Tensor grad_y = make(y, {y.size(0), y.size(1)}, ScalarType::BFloat16);
-  Tensor grad_weights = torch::stable::new_zeros(weights, weights.sizes());
+  Tensor grad_weights = make(weights, {weights.size(0), weights.size(1)}, ScalarType::Float);
+  torch::stable::zero_(grad_weights);  // copies without a slot have none
   mds::combine_backward(pointer<mds::bf16>(grad), pointer<mds::bf16>(y), pointer<int>(copy_of_slot),
                         pointer<float>(weights), y.size(0), int(weights.size(1)), pointer<mds::bf16>(grad_y),
                         pointer<float>(grad_weights), int(y.size(1)), launch.stream());

@@ -104,6 +104,11 @@ def torch_ops():
     return torch.ops.mkldnn
 
 
+def declaration_of(operator) -> str:
+    """Return `namespace::name(arguments) -> results` of an operator of torch.ops that has no overloads."""
+    return str(operator.default._schema)
+
+
 def compile_one_graph(function, backend: str):
     """Return `function` compiled as one graph for each kind of arguments, of which there may be many.
 

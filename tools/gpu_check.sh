@@ -3,10 +3,12 @@
 #
 #   tools/gpu_check.sh [--output DIRECTORY] [--only PART...] [--again] [--emulated] [--list]
 #
-# Each part leaves a log and a JSON file in the directory (default gpu_check/). What passed is not run again, so the
-# script goes on where it was ended; --again runs it all the same. A library of csrc/ that was brought is used where there
-# is no nvcc. --emulated tries the script without a GPU, on the emulated kernels at toy sizes, all parts with the longest
-# limit: its times mean nothing. PYTHON chooses the interpreter. The exit status is the number of parts that failed.
+# Each part leaves a log and a JSON file in the directory (default gpu_check/). What passed with these sources on this
+# GPU is not run again, so the script goes on where it was ended (by Ctrl-C, too: the part under way ends with it);
+# --again runs it all the same. A library of csrc/ that was brought is used where there is no nvcc. --emulated tries the
+# script without a GPU, on the emulated kernels at toy sizes, all parts with the longest limit: its times mean nothing.
+# PYTHON chooses the interpreter. The exit status is the number of parts that failed; 125 if a result could not be
+# written, 130 or 143 if the script was ended, 2 for arguments that make no sense and where there is no GPU.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -60,24 +62,44 @@ command_of() {  # a part's command, with the interpreter, the directory and the 
   echo "$text"
 }
 
-record() {  # name outcome seconds status: the part's JSON, with the end of its log
-  "$python" - "$output" "$@" <<'END' || exit 1
+record() {  # name outcome seconds status: the part's JSON, with the end of its log; whole or not at all
+  "$python" - "$output" "$device" "$sources" "$@" <<'END' && return
 import json, sys
 from datetime import datetime
 from pathlib import Path
-folder, name, outcome, seconds, status = sys.argv[1:]
-log = Path(folder, f"{name}.log")
-tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
-Path(folder, f"{name}.json").write_text(json.dumps({
-    "part": name, "outcome": outcome, "seconds": int(seconds), "status": int(status), "tail": tail,
-    "date": datetime.now().isoformat(timespec="seconds")}, indent=1) + "\n")
+folder, device, sources, name, outcome, seconds, status = sys.argv[1:]
+try:
+    log, made = Path(folder, f"{name}.log"), Path(folder, f"{name}.json.partial")
+    tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+    made.write_text(json.dumps({
+        "part": name, "outcome": outcome, "seconds": int(seconds), "status": int(status), "tail": tail,
+        "device": device, "sources": sources, "date": datetime.now().isoformat(timespec="seconds")}, indent=1) + "\n")
+    made.rename(Path(folder, f"{name}.json"))
+except OSError as problem:
+    sys.exit(f"gpu_check.sh: error: {name}: {outcome}, but {folder} does not take the result: {problem.strerror}")
 END
+  exit 125
 }
 
 # What pytest counted: of tests that were skipped, nothing is known.
 counts_of() { grep -E '^[0-9]+ (passed|failed|skipped|error)' "$output/$1.log" | tail -1 | sed 's/\(.*\) in .*/, \1/'; }
 
-outcome_of() { sed -n 's/^ "outcome": "\(.*\)",$/\1/p' "$output/$1.json" 2>/dev/null; }
+field_of() { sed -n "s/^ \"$2\": \"\(.*\)\",$/\1/p" "$output/$1.json" 2>/dev/null; }
+
+passed_before() {  # with these sources, on this device: what passed on the emulation has not passed on a GPU
+  [[ $(field_of "$1" outcome) == passed && $(field_of "$1" device) == "$device" ]] &&
+    [[ $(field_of "$1" sources) == "$sources" ]]
+}
+
+running=
+ended() {  # by a signal: `timeout` hands it on to all that the part has started
+  trap '' INT TERM HUP
+  [[ -n $running ]] && kill -TERM "$running" 2>/dev/null && wait "$running"
+  echo "gpu_check.sh: ended during ${name:-its start}; run it again to go on from there" >&2
+  exit "$1"
+}
+trap 'ended 130' INT
+trap 'ended 143' TERM HUP
 
 run_part() {  # name seconds kind command
   local name=$1 limit=$2 command status start=$SECONDS
@@ -89,8 +111,10 @@ run_part() {  # name seconds kind command
     record "$name" "skipped: there is no $tool" 0 0; return
   fi
   echo "$command" > "$output/$name.log"
-  timeout --kill-after=10 "$limit" bash -c "$command" >> "$output/$name.log" 2>&1
-  status=$?
+  timeout --kill-after=10 "$limit" bash -c "$command" >> "$output/$name.log" 2>&1 &
+  running=$!
+  wait "$running"
+  status=$? running=
   local outcome=passed
   ((status)) && outcome=failed
   ((status == 124 || status == 137)) && outcome="failed: not done in $limit s"
@@ -107,23 +131,29 @@ known=" $(parts | cut -d'|' -f1 | tr '\n' ' ')"
 for name in "${only[@]}"; do
   [[ $known == *" $name "* ]] || { echo "gpu_check.sh: error: there is no part '$name'; there are$known" >&2; exit 2; }
 done
-if [[ -z $emulated$list ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+device=emulation
+name_gpu='import sys, torch; torch.cuda.is_available() or sys.exit(1); print(torch.cuda.get_device_name())'
+if [[ -z $emulated$list ]] && ! device=$("$python" -c "$name_gpu"); then
   echo "gpu_check.sh: error: $python sees no GPU; --emulated tries the script without one" >&2
   exit 2
 fi
 [[ -n $emulated ]] && export MEGATRON_DEEPSEEK_EMULATE=1
-mkdir -p "$output"
-output=$(realpath "$output")
+sources=$(find csrc megatron_deepseek benchmarks tests/gpu tests/helpers tests/emulation -type f \
+  -regex '.*\.\(py\|cuh?\|cpp\|h\)' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16)
+if ! mkdir -p "$output" || ! output=$(realpath "$output"); then
+  echo "gpu_check.sh: error: there is no directory $output, and it cannot be made" >&2
+  exit 2
+fi
 failed=0
 while IFS='|' read -r -u 3 name limit kind command; do
   chosen "$name" || continue
   if [[ -n $list ]]; then echo "$name ($limit s): $(command_of "$command")"; continue; fi
-  if [[ -z $again && $(outcome_of "$name") == passed ]]; then
+  if [[ -z $again ]] && passed_before "$name"; then
     echo "$name: passed before"
     continue
   fi
   run_part "$name" "$limit" "$kind" "$command"
-  outcome=$(outcome_of "$name")
+  outcome=$(field_of "$name" outcome)
   if [[ $outcome == skipped* ]]; then echo "$name: $outcome"; else echo "$name: $outcome$(counts_of "$name"), log in $output/$name.log"; fi
   [[ $outcome == failed* ]] && failed=$((failed + 1))
 done 3< <(parts)

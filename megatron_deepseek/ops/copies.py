@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_deepseek.ops.fp8.block_scaled import take_rows
 from megatron_deepseek.ops.permute import copy_and_permute, sort_by_expert, sum_rows, weighted_sum
 
 
@@ -69,7 +70,7 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_QH, row_R, place_QK):
         ctx.save_for_backward(place_QK)
-        return x_QH.index_select(0, row_R)
+        return take_rows(x_QH, row_R)
 
     @staticmethod
     def backward(ctx, grad_RH):

@@ -2,9 +2,10 @@
 //
 // A fiber runs until it waits at a barrier or a warp's exchange; then the next one runs. Which one is next is the
 // environment's EMULATION_ORDER: forward, reverse or a number that seeds a random order. A kernel whose result depends
-// on the order lacks a barrier. Of a cluster's blocks the first starts before the others. Shared memory starts as NaN
-// in every format, ends in a guard that is checked, and a block whose fibers all wait is an error that says where they
-// wait. What this cannot show: speed, and mistakes about the hardware that the emulation shares (see
+// on the order lacks a barrier. Blocks, or clusters of them, run in that order too, one after the other; of a cluster's
+// blocks the first starts before the others. Shared memory and results start as NaN in every format (of integers as a
+// number that is no index) and end in guards that are checked. A block whose fibers all wait is an error that says where
+// they wait. What this cannot show: speed, and mistakes about the hardware that the emulation shares (see
 // hopper_emulation.h).
 #pragma once
 
@@ -40,6 +41,7 @@ namespace emulation {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kGuardBytes = 64;
+constexpr unsigned char kGuard = 0x5a;
 constexpr int kHeadStart = 50;
 
 struct Shape {
@@ -98,6 +100,7 @@ struct Machine {
   bool random_order = false;
   const char* problem = nullptr;             // that a fiber found at its end
   const void* stream = nullptr;              // of the operator's call that is under way; none between calls
+  std::vector<const unsigned char*> guards;  // of that call's results: kGuardBytes behind each
 };
 
 inline Machine& machine() {
@@ -107,6 +110,18 @@ inline Machine& machine() {
 
 inline Fiber& self() { return *machine().running; }
 inline unsigned char* shared_memory() { return self().block->shared; }
+
+// Makes a result of `bytes` that nobody has written yet, before a guard that is checked after each kernel of the call.
+inline void guard_result(void* data, size_t bytes, bool is_integer) {
+  unsigned char* guard = static_cast<unsigned char*>(data) + bytes;
+  std::memset(data, is_integer ? 0x7e : 0xff, bytes);
+  std::memset(guard, kGuard, kGuardBytes);
+  machine().guards.push_back(guard);
+}
+
+inline bool is_whole(const unsigned char* guard) {
+  return std::all_of(guard, guard + kGuardBytes, [](unsigned char byte) { return byte == kGuard; });
+}
 
 inline const void* aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) std::abort();  // a GPU would fault
@@ -228,13 +243,12 @@ inline void make_block(Block& block, dim3 index, const Shape& shape) {
   block.shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
   std::memset(block.shared, 0xff, shape.shared_bytes);
   block.seen_by_copies.assign(shape.shared_bytes, 0xff);
-  std::memset(block.shared + shape.shared_bytes, 0x5a, kGuardBytes);
+  std::memset(block.shared + shape.shared_bytes, kGuard, kGuardBytes);
   block.warps = std::vector<Warp>((shape.threads + 31) / 32);
 }
 
 inline void check_guard(const Block& block) {
-  for (size_t i = 0; i < kGuardBytes; ++i)
-    if (block.shared[block.shared_bytes + i] != 0x5a) throw std::runtime_error("a kernel wrote past its shared memory");
+  if (!is_whole(block.shared + block.shared_bytes)) throw std::runtime_error("a kernel wrote past its shared memory");
 }
 
 inline void run_fibers(std::vector<Fiber>& fibers) {
@@ -273,7 +287,9 @@ inline void run(const Shape& shape, const std::function<void()>& kernel) {
   const size_t total = size_t(shape.blocks) * shape.rows, together = shape.all_at_once ? total : shape.cluster;
   if (total % together) throw std::runtime_error("a grid that does not end with a whole cluster");
   std::vector<Fiber> fibers(together * shape.threads);
-  for (size_t first = 0; first < total; first += together) {
+  Order order(total / together);
+  for (size_t turn : order.next()) {
+    const size_t first = turn * together;
     std::vector<Block> blocks(together);
     for (size_t b = 0; b < together; ++b) {
       make_block(blocks[b], {unsigned((first + b) % shape.blocks), unsigned((first + b) / shape.blocks), 0}, shape);
@@ -283,6 +299,8 @@ inline void run(const Shape& shape, const std::function<void()>& kernel) {
     run_fibers(fibers);
     for (const Block& block : blocks) check_guard(block);
   }
+  if (!std::all_of(machine().guards.begin(), machine().guards.end(), is_whole))
+    throw std::runtime_error("a kernel wrote past a result");
 }
 
 }  // namespace emulation

@@ -1,9 +1,10 @@
-"""Plants mistakes in csrc/, one at a time, and says which tests on the emulation see each.
+"""Plants mistakes in csrc/, one at a time, and says which tests see each: on the emulation, or of what it does not run.
 
     python tests/emulation/mistakes.py [--only PART_OF_A_FILE_OR_NAME]
 
-By hand, since each takes a compilation and a run of tests. A mistake that no test sees is the reason to write one. A
-replacement that is no longer in its file is an error, so that the table cannot rot.
+By hand, since each takes a compilation and a run of tests, minutes for those of launches, which nvcc compiles. A
+mistake that no test sees is the reason to write one. A replacement that is no longer in its file is an error, so that
+the table cannot rot.
 """
 
 import argparse
@@ -14,12 +15,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistakes_at_edges import EDGES
+from mistakes_on_hopper import ON_HOPPER
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """`old`, which must be in csrc/`file` (or tests/emulation), becomes `new`; `tests` of tests/gpu are to fail."""
+    """`old`, which must be in csrc/`file`, becomes `new`; `tests` are to fail, a file of tests/gpu or a path in tests/.
+    """
 
     name: str
     file: str
@@ -209,6 +214,7 @@ MISTAKES = (
     Mistake("the guard ends before the launch", "e5m6_binding.cpp", "const Launch launch(x);",
             "void* stream = Launch(x).stream(); struct { void* s; void* stream() const { return s; } } launch{stream};",
             E5M6),
+    *(Mistake(*row) for row in (*EDGES, *ON_HOPPER)),
 )
 
 
@@ -227,20 +233,37 @@ def tree_with(mistake: Mistake, folder: Path) -> Path:
     return folder
 
 
+def pytest_command(*words: Path | str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *map(str, words)]
+
+
 def verdict(mistake: Mistake, folder: Path) -> str:
-    tree, library = tree_with(mistake, folder), folder / "emulated.so"
+    tree = tree_with(mistake, folder)
+    if "/" not in mistake.tests:
+        return verdict_by_emulation(mistake, tree)
+    for path in (f"tests/{mistake.tests}", "pyproject.toml", "docs/kernels.md"):
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes((ROOT / path).read_bytes())
+    return outcome(subprocess.run(pytest_command("-m", "slow or not slow", tree / "tests" / mistake.tests), cwd=tree,
+                                  text=True, capture_output=True))
+
+
+def verdict_by_emulation(mistake: Mistake, tree: Path) -> str:
+    library = tree / "emulated.so"
     built = subprocess.run([sys.executable, tree / "csrc" / "build.py", "--emulated", "--output", library], text=True,
                            capture_output=True)
     if built.returncode:
         return "does not compile: " + built.stderr.strip().splitlines()[-1][:100]
     try:
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider",
-             str(ROOT / "tests" / "gpu" / mistake.tests)], text=True, capture_output=True, timeout=200,
-            env=os.environ | {"EMULATED_LIBRARY": str(library)})
+        return outcome(subprocess.run(
+            pytest_command(ROOT / "tests" / "gpu" / mistake.tests), text=True, capture_output=True, timeout=200,
+            env=os.environ | {"EMULATED_LIBRARY": str(library)}))
     except subprocess.TimeoutExpired:
         return "seen: a test hangs"
-    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+
+
+def outcome(run: subprocess.CompletedProcess) -> str:
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if failed:
         return f"seen by {failed[0].split('::')[1].split(' ')[0]}"
     return "NOT SEEN" if run.returncode == 0 else f"seen: the process ends with {run.returncode}"

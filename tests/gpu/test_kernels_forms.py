@@ -5,6 +5,7 @@ import torch
 from references import plain
 
 from megatron_deepseek.ops.backends.cuda import gemm, layers, quantize
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, plain as numbers_of
 from megatron_deepseek.ops.fp8.encoding import dequantize_1x128, dequantize_128x128, quantize_128x1
 from megatron_deepseek.ops.fp8.gemm import grouped_scaled_mm_wgrad
 
@@ -56,6 +57,24 @@ def test_permutations(device):
          tolerance={"rtol": 2**-6, "atol": 0.05})  # the reference rounds the weights to bfloat16
 
 
+@pytest.mark.parametrize("in_tiles", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_permutations_of_tiles(device, copies, in_tiles):
+    """Codes and scales are moved; the gradient comes in numbers or in tiles."""
+    order_R, inverse_R, _ = plain.sort_by_expert(torch.rand(20, 8, device=device).topk(3, -1).indices, 8)
+    ours, reference = ((layers.permute, plain.permute), (layers.copy_and_permute, plain.copy_and_permute))[copies > 1]
+    x = BlockScaled(*plain.quantize_1x128(torch.randn(60 // copies, 160, device=device).bfloat16(), True),
+                    torch.bfloat16).requires_grad_()
+    got, expected = (f(x, order_R, inverse_R) for f in (ours, reference))
+    assert torch.equal(got.q.view(torch.uint8), expected.q.view(torch.uint8)) and torch.equal(got.scale, expected.scale)
+    upstream = torch.randn(60, 160, device=device).bfloat16()
+    if in_tiles:
+        upstream = BlockScaled(*plain.quantize_1x128(upstream, True), torch.bfloat16)
+    mine, wanted = (torch.autograd.grad(y, x, upstream)[0] for y in (got, expected))
+    assert isinstance(mine, BlockScaled) == isinstance(wanted, BlockScaled) == (in_tiles and copies == 1)
+    torch.testing.assert_close(*(numbers_of(grad) for grad in (mine, wanted)), **BF16)
+
+
 def test_cross_entropy(device):
     """A label of another rank, and the gradient in place."""
     logits, labels = leaf(4, 40, device=device).detach() * 3, torch.tensor([10, 49, 5, 20], device=device)
@@ -71,11 +90,43 @@ def test_cross_entropy(device):
 
 
 def test_what_kernels_do_not_take(device):
-    """float64, widths of no multiple of 16 bytes: the reference's."""
-    assert layers.rope_queries(torch.zeros(1, 1, 1, 24, device=device), None, 16) is NotImplemented
-    assert quantize.quantize_1x128(torch.zeros(2, 12, device=device)) is NotImplemented
-    assert layers.permute(torch.zeros(2, 3, device=device), None, None) is NotImplemented
-    assert gemm.scaled_mm(torch.zeros(0, 16, device=device), None, None, None) is NotImplemented
+    """float32 of layers, float64, widths of no multiple of 16 bytes, nothing to multiply: the reference's."""
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, leaf: bool = False) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=leaf)
+
+    fp32, chosen = torch.float32, torch.zeros(2, 2, dtype=torch.int64, device=device)
+    refused = [
+        layers.rope_queries(zeros(1, 1, 1, 24, dtype=fp32), None, 16),
+        layers.rope_queries(zeros(1, 1, 1, 24), None, 12), layers.rope_queries(zeros(1, 1, 1, 28), None, 16),
+        layers.assemble_keys(zeros(1, 1, 1, 24), zeros(1, 1, 12), None, 16),
+        layers.permute(zeros(2, 3), None, None), layers.permute(zeros(2, 8, dtype=fp32, leaf=True), None, None),
+        layers.weighted_sum(zeros(2, 8, dtype=fp32), None, None, None),
+        layers.sort_by_expert(chosen, 1025), layers.sort_by_expert(chosen.int(), 2),
+        layers.cross_entropy_statistics(zeros(2, 8, dtype=fp32), None, 0),
+        quantize.quantize_1x128(zeros(2, 12)), quantize.quantize_1x128(zeros(2, 16, dtype=torch.float64)),
+        quantize.quantize_swiglu(zeros(2, 12), zeros(2, 12)),
+        quantize.norm_quantize(zeros(2, 16, dtype=fp32), None, 0, True),
+        quantize.dequantize_e5m6(zeros(2, 24), None, 16, torch.float16),
+        gemm.scaled_mm(zeros(0, 16), None, None, None), gemm.scaled_mm(zeros(16, 0), None, None, None),
+        gemm.scaled_mm(zeros(16, 16), None, None, None, torch.float64)]
+    assert all(result is NotImplemented for result in refused), refused
+
+
+def test_gate_and_up_of_two_tensors(device):
+    """Whose rows are not equally far apart: copied first."""
+    gate = torch.randn(30, 96, device=device).bfloat16()[:, 16:64]
+    up = torch.randn(30, 48, device=device).bfloat16()
+    codes_close(quantize.quantize_swiglu(gate, up), plain.quantize_swiglu(gate, up, False))
+
+
+def test_a_second_backward_of_the_loss_is_an_error(device):
+    """The first one wrote its gradient over the logits."""
+    logits, labels = 2 * leaf(4, 40, device=device), torch.tensor([1, 2, 3, 4], device=device)
+    top, total, _ = plain.cross_entropy_statistics(logits.detach(), labels, 0)
+    keeps_them = logits * logits
+    layers.cross_entropy_gradient(logits.detach(), labels, 0, top, total, torch.ones(4, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        keeps_them.sum().backward()
 
 
 def close(got, expected, bound=2**-8):
@@ -99,9 +150,11 @@ def test_linear_of_three_products(device):
           dequantize_1x128(*plain.quantize_1x128(grad.t())) @ dequantize_1x128(*plain.quantize_1x128(x.t())).t())
 
 
-def test_experts_of_three_products(device):
-    counts = [70, 0, 150]
-    x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((220, 80), (220, 136), (3, 136, 80)))
+@pytest.mark.parametrize("counts, tall", [([70, 0, 150], True), ([300, 10, 10], False)])
+def test_experts_of_three_products(device, counts, tall):
+    assert gemm.worth_tall_tiles(counts) == tall
+    rows = sum(counts)
+    x, grad, w = (torch.randn(*shape, device=device).bfloat16() for shape in ((rows, 80), (rows, 136), (3, 136, 80)))
     x_q, g_q, w_q = plain.quantize_1x128(x), plain.quantize_1x128(grad), plain.quantize_128x128(w)
     expected = plain.grouped_scaled_mm(*x_q, *w_q, counts)
     for form in (gemm.grouped_scaled_mm, gemm.grouped_scaled_mm_tma_store, gemm.grouped_scaled_mm_clusters,
@@ -115,7 +168,7 @@ def test_experts_of_three_products(device):
     for form in (gemm.grouped_scaled_mm_wgrad, gemm.grouped_scaled_mm_wgrad_clusters):
         got = form(*columns[0], *columns[1], counts)
         close(got, plain.grouped_scaled_mm_wgrad(*references[0], *references[1], counts))
-        assert not got[1].any()
+        assert bool(got[1].any()) == (counts[1] > 0)
 
 
 def codes_close(got, expected):

@@ -115,6 +115,19 @@ def test_a_transposed_weight_with_padded_rows(device):
     agree(got, plain.scaled_mm, operands)
 
 
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_codes_behind_the_columns_are_not_read(device, of_rows):
+    """Rows of both operands are further apart than they are wide, with NaN between them."""
+    operands = [*operands_of(130, 136, 200, device)]
+    if of_rows:
+        operands[2:] = plain.quantize_1x128(matrix(136, 200, device=device))
+    apart = [torch.full((q.shape[0], 256), float("nan"), device=device).to(q.dtype) for q in operands[::2]]
+    for wide, q in zip(apart, operands[::2]):
+        wide.view(torch.uint8)[:, :200] = q.view(torch.uint8)
+    got = operator("scaled_mm")(apart[0][:, :200], operands[1], apart[1][:, :200], operands[3], True)
+    agree(got, plain.scaled_mm, tuple(operands))
+
+
 def row_tiles(counts: list[int], device, height: int = 128) -> torch.Tensor:
     return torch.tensor(tile_rows(counts, height), dtype=torch.int32, device=device)
 
@@ -131,8 +144,9 @@ def test_rows_grouped(device, counts, form, tall):
     agree(got, plain.grouped_scaled_mm, (*operands, counts))
 
 
-def test_tma_store_leaves_the_next_group_alone(device):
+def test_tma_store_leaves_the_next_group_alone(device, monkeypatch):
     """In the emulation the first of 5 blocks computes the last group before the fifth block the one before it."""
+    monkeypatch.setenv("EMULATION_ORDER", "forward")
     counts = [5] * 5 + [20]
     operands = (*plain.quantize_1x128(matrix(sum(counts), 128, device=device)),
                 *plain.quantize_128x128(matrix(len(counts), 64, 128, device=device)))

@@ -142,5 +142,5 @@ def unused(device, in_fp8: bool) -> set[str]:
     losses = set() if device.type == "cuda" else {"cross_entropy_statistics", "cross_entropy_gradient"}
     of_fp8 = {name for name in registry.CANDIDATES if "quantize" in name or "scaled" in name or "tile" in name}
     if in_fp8:
-        return {"permute", "copy_and_permute", "quantize_128x128", "quantize_128x1"} | losses
+        return {"permute", "quantize_128x128", "quantize_128x1"} | losses
     return {"permute", "gather_rows"} | losses | of_fp8

@@ -89,5 +89,9 @@ def test_copies_without_a_slot_count_as_zero(device):
     y = torch.full((4, 8), float("nan"), device=device).bfloat16()
     y[0] = 2
     weights = torch.full((2, 2), 0.5, device=device)
+    leaves = y.requires_grad_(), weights.requires_grad_()
     out = operator("combine_rows")(y, copy_of_slot, slot_of_copy.view(2, 2), weights)
     assert out.tolist() == [[1.0] * 8, [0.0] * 8]
+    grad_y, grad_weights = torch.autograd.grad(out, leaves, torch.full_like(out, 3.0))
+    assert grad_y.tolist() == [[1.5] * 8, *([[0.0] * 8] * 3)]
+    assert grad_weights.tolist() == [[48.0, 0.0], [0.0, 0.0]]

@@ -20,6 +20,7 @@ from megatron_deepseek.ops import cross_entropy, permute, rope
 from megatron_deepseek.ops.backends import kernels, registry
 from megatron_deepseek.ops.backends.cuda.operands import table, tile_rows
 from megatron_deepseek.ops.fp8 import e5m6, encoding, gemm, norm as fp8_norm, recipe
+from megatron_deepseek.ops.fp8.block_scaled import share
 
 COUNTS = [40, 0, 100]
 
@@ -208,6 +209,45 @@ def test_a_step_of_known_counts_copies_nothing_from_the_host(device):
     first, second = step(), step()
     assert first.crossings and not second.crossings
     assert {"grouped_scaled_mm", "grouped_scaled_mm_wgrad", "retile_columns"} <= names_of(second.operations)
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+
+def norms_and_linears():
+    forms = recipe.recipe()
+    between = forms.norm_of_product(forms.linear(forms.norm(meta(64, 256), meta(256), 1e-6), meta(384, 256)),
+                                    meta(384), 1e-6)
+    return forms.linear(between, meta(256, 384))
+
+
+def attention_and_its_output():
+    forms = recipe.recipe()
+    heads = forms.attention(meta(1, 64, 2, 192), meta(1, 64, 2, 192), meta(1, 64, 2, 192), None, 0.1, 128)
+    return forms.attention_output(heads, meta(256, 256))
+
+
+def dense_layer():
+    linear = recipe.recipe().linear
+    return linear.after_swiglu((linear(meta(64, 256), meta(512, 256)),), meta(256, 256))
+
+
+def copies_of_tiles():
+    places = torch.empty(128, dtype=torch.int64, device="meta")
+    return permute.copy_and_permute(share(meta(64, 256), True), places, places)
+
+
+@pytest.mark.parametrize("step, wanted", [
+    (norms_and_linears, "norm_quantize_rows norm_backward_quantize quantize_both retile_columns scaled_mm"),
+    (attention_and_its_output, "quantize_e5m6 dequantize_e5m6 retile_e5m6 scaled_mm"),
+    (dense_layer, "swiglu_quantize_rows kept_swiglu_quantize_columns kept_swiglu_backward_quantize scaled_mm"),
+    (copies_of_tiles, "gather_rows combine_rows")])
+def test_what_has_no_experts_copies_nothing_from_the_host(device, step, wanted):
+    with Watching() as watching:
+        step().sum().backward()
+    assert not watching.crossings
+    assert set(wanted.split()) <= names_of(watching.operations)
 
 
 def test_captured(device):

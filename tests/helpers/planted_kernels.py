@@ -39,6 +39,49 @@ def ones(name: str, right: Callable, *args):
     return _each(kernels.FAKES[name](*args), lambda x: torch.ones_like(x, dtype=torch.float32).to(x.dtype))
 
 
+def zeros(name: str, right: Callable, *args):
+    """Give zeros of the right shapes."""
+    if name == IN_PLACE:
+        args[0].zero_()
+        return None
+    return _each(kernels.FAKES[name](*args), torch.zeros_like)
+
+
+def lost(name: str, right: Callable, *args):
+    """Give NaN, or of integers the largest."""
+    if name == IN_PLACE:
+        args[0].fill_(float("nan"))
+        return None
+    return _each(kernels.FAKES[name](*args), lambda x: torch.full_like(x, float("nan"), dtype=torch.float32).to(x.dtype)
+                 if x.is_floating_point() else torch.full_like(x, torch.iinfo(x.dtype).max))
+
+
+def no_last_column(name: str, right: Callable, *args):
+    """Leave the last column of each result at zero, and of what is written in place as it was."""
+    before = args[0][..., -1:].clone() if name == IN_PLACE else None
+    result = right(*args)
+    if before is not None:
+        args[0][..., -1:] = before
+        return None
+
+    def shortened(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[..., -1:].view(torch.uint8).zero_()
+        return x
+
+    return _each(result, lambda x: shortened(x) if x.ndim > 1 else x)
+
+
+def neighbouring_scale(name: str, right: Callable, *args):
+    """Read or write the scale of the tile before, along K."""
+    def shifted(x):
+        return x.roll(1, -1) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.ndim > 1 else x
+
+    if name in PRODUCTS:
+        return right(*args[:1], shifted(args[1]), *args[2:])
+    return _each(right(*args), shifted) if name in QUANTIZERS else right(*args)
+
+
 def _transposed(scale: torch.Tensor) -> torch.Tensor:
     return scale.mT.reshape(scale.shape)
 
@@ -127,7 +170,8 @@ def other_counts(name: str, right: Callable, *args):
     return right(*(shortened(x) if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x for x in args))
 
 
-PLANTS = {"ones": ones, "misshapen": misshapen, "transposed scale": transposed_scale,
+PLANTS = {"ones": ones, "zeros": zeros, "lost": lost, "no last column": no_last_column,
+          "neighbouring scale": neighbouring_scale, "misshapen": misshapen, "transposed scale": transposed_scale,
           "neighbouring group": neighbouring_group, "no last row": no_last_row, "truncated lane": truncated_lane,
           "table of other counts": other_counts}
 

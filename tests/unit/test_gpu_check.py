@@ -1,13 +1,17 @@
 """tools/gpu_check.sh: parts that can be ended and gone on with, and results that say what happened."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from full_disks import small_disk
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
@@ -15,20 +19,29 @@ STUB = """#!/bin/bash
 [[ $1 == - ]] && exec {python} "$@"
 echo "$*" >> {calls}
 [[ $* == *{broken}* ]] && exit 3
+if [[ $* == *{slow}* ]]; then
+  trap 'echo "ended" >> {calls}; exit 1' TERM
+  sleep 60 & wait $!
+fi
 echo '{said}'
 """
 
 
-def run(folder: Path, *words: str, broken: str = "nothing", said: str = "1 passed in 0.1s"
-        ) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Return how the script ended, and the commands that it gave to a stand-in for Python."""
+def stand_in(folder: Path, broken: str = "nothing", slow: str = "nothing", said: str = "1 passed in 0.1s") -> Path:
+    """Make a stand-in for Python that notes its commands in `calls`."""
     stub, calls = folder / "python", folder / "calls"
-    stub.write_text(STUB.format(python=sys.executable, calls=calls, broken=broken, said=said))
+    stub.write_text(STUB.format(python=sys.executable, calls=calls, broken=broken, slow=slow, said=said))
     stub.chmod(0o755)
     calls.write_text("")
+    return stub
+
+
+def run(folder: Path, *words: str, **how: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Return how the script ended, and the commands that it gave to a stand-in for Python."""
+    stub = stand_in(folder, **how)
     done = subprocess.run([SCRIPT, "--output", str(folder / "out"), *words], capture_output=True, text=True,
                           env=os.environ | {"PYTHON": str(stub)})
-    return done, calls.read_text().splitlines()
+    return done, (folder / "calls").read_text().splitlines()
 
 
 def test_what_passed_is_not_run_again(tmp_path):
@@ -43,6 +56,69 @@ def test_what_passed_is_not_run_again(tmp_path):
     assert [call for call in calls if "cross_entropy" in call] == calls != []
     _, calls = run(tmp_path, *parts, "--again")
     assert len(calls) == 2
+
+
+def test_what_passed_on_the_emulation_has_not_passed_on_a_gpu(tmp_path):
+    """The stand-in is asked for the GPU's name, and gives what it always says."""
+    run(tmp_path, "--emulated", "--only", "rope")
+    done, calls = run(tmp_path, "--only", "rope", said="1 passed in 2.1s")
+    assert "rope: passed, 1 passed, log in" in done.stdout and len(calls) == 2
+    assert json.loads((tmp_path / "out" / "rope.json").read_text())["device"] == "1 passed in 2.1s"
+    assert "rope: passed before" in run(tmp_path, "--only", "rope", said="1 passed in 2.1s")[0].stdout
+    assert "rope: passed, 1 passed, log in" in run(tmp_path, "--only", "rope", said="1 passed in 2.2s")[0].stdout
+
+
+def test_what_passed_with_other_sources_is_run_again(tmp_path):
+    run(tmp_path, "--emulated", "--only", "rope")
+    made = tmp_path / "out" / "rope.json"
+    kept = json.loads(made.read_text())
+    assert re.fullmatch("[0-9a-f]{16}", kept["sources"])
+    made.write_text(json.dumps(kept | {"sources": "0" * 16}, indent=1))
+    done, calls = run(tmp_path, "--emulated", "--only", "rope")
+    assert "rope: passed, 1 passed" in done.stdout and len(calls) == 1
+    assert json.loads(made.read_text())["sources"] == kept["sources"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ended_by_a_signal(tmp_path, number, status):
+    """What it started ends with it, and has no result; the next run begins with that part."""
+    words = ("--emulated", "--only", "gemm", "rope")
+    stub, calls = stand_in(tmp_path, slow="test_kernels_rope"), tmp_path / "calls"
+    script = subprocess.Popen([SCRIPT, "--output", str(tmp_path / "out"), *words], stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHON": str(stub)}, start_new_session=True)
+    while "test_kernels_rope" not in calls.read_text():
+        time.sleep(0.05)
+    time.sleep(0.3)  # until the stand-in has set its trap
+    script.send_signal(number)
+    said = script.communicate(timeout=30)[1]
+    assert script.returncode == status
+    assert said.endswith("gpu_check.sh: ended during rope; run it again to go on from there\n")
+    assert calls.read_text().endswith("ended\n")
+    assert not (tmp_path / "out" / "rope.json").exists()
+    done, _ = run(tmp_path, *words)
+    assert "gemm: passed before" in done.stdout and "rope: passed, 1 passed" in done.stdout
+
+
+def test_a_full_disk(tmp_path):
+    """Is said, without a traceback, and nothing has passed; later the part is run again."""
+    with small_disk(tmp_path / "out", 16384) as folder:
+        filler = folder / "filler"
+        filler.write_bytes(bytes(16384 - 4096))
+        with contextlib.suppress(OSError):
+            (folder / "more").write_bytes(bytes(16384))
+        done, _ = run(tmp_path, "--emulated", "--only", "gemm", "rope")
+        assert done.returncode == 125 and "Traceback" not in done.stderr
+        assert "gpu_check.sh: error: gemm: " in done.stderr
+        assert done.stderr.endswith("does not take the result: No space left on device\n")
+        assert "gemm: passed" not in done.stdout and not list(folder.glob("*.json"))
+        filler.unlink()
+        assert "gemm: passed, 1 passed" in run(tmp_path, "--emulated", "--only", "gemm")[0].stdout
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    done, calls = run(tmp_path, "--emulated", "--only", "gemm")
+    assert done.returncode == 2 and "cannot be made" in done.stderr and not calls
 
 
 def test_how_many_tests_were_skipped_is_said(tmp_path):

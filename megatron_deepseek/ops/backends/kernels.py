@@ -12,6 +12,7 @@ import torch
 
 from megatron_deepseek.ops.fp8.block_scaled import map_rows
 from megatron_deepseek.ops.permute import gather_rows
+from megatron_deepseek.torch_private import declaration_of
 
 NAMESPACE = "megatron_deepseek"
 LIBRARY = Path(__file__).parents[1] / "libmegatron_deepseek.so"
@@ -20,11 +21,31 @@ TILE = 128
 
 
 def load(path: Path = LIBRARY) -> None:
-    """Register the operators. Raise OSError if they do not fit this torch, RuntimeError if they are loaded already."""
+    """Register the operators. Raise OSError if they do not fit this torch, or if the library was built of other sources
+    than these and so has other operators; RuntimeError if they are loaded already.
+    """
     if is_loaded():
         raise RuntimeError(f"the operators of {NAMESPACE} are loaded already, {path} would define them again")
     torch.ops.load_library(str(path))
+    if other := [name for name in FAKES if not _is_as_declared(name)]:
+        raise OSError(f"{path} was built of other sources: {', '.join(other)}; python csrc/build.py builds it again")
     _complete()
+
+
+def _is_as_declared(name: str) -> bool:
+    """Return whether there is an operator of this name, with the arguments that csrc/ declares where csrc/ is here."""
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        return False
+    declared = declarations()
+    return not declared or declaration_of(operator(name)) == f"{NAMESPACE}::{declared.get(name)}"
+
+
+def declarations(folder: Path = SOURCES) -> dict[str, str]:
+    """Return what the bindings in `folder` declare, as `name(arguments) -> results`, by name; {} without sources."""
+    found = [text for path in sorted(folder.glob("*_binding.cpp"))
+             for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', path.read_text())]
+    whole = ["".join(re.findall(r'"([^"]*)"', text)) for text in found]
+    return {each.partition("(")[0]: each for each in whole}
 
 
 def _complete() -> None:
@@ -43,9 +64,8 @@ def declare(folder: Path = SOURCES) -> torch.library.Library | None:
     if is_loaded() or not folder.is_dir():
         return None
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for path in sorted(folder.glob("*_binding.cpp")):
-        for text in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', path.read_text()):
-            definitions.define("".join(re.findall(r'"([^"]*)"', text)))
+    for text in declarations(folder).values():
+        definitions.define(text)
     _complete()
     return definitions
 

@@ -55,7 +55,7 @@ class BlockScaled(torch.Tensor):
         if function in _UNCHANGED or function is _aten.view.default and list(args[1]) == list(args[0].shape):
             return args[0].again()
         if function is _aten.index_select.default and args[1] == 0 and not isinstance(args[2], BlockScaled):
-            return args[0].map(lambda part: gather_rows(part, args[2]))
+            return args[0].map(lambda part: part.index_select(0, args[2]))
         plain = torch.utils._pytree.tree_map_only(BlockScaled, BlockScaled.plain, (args, kwargs or {}))
         return function(*plain[0], **plain[1])
 
@@ -68,6 +68,14 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 def quantize(x: torch.Tensor, power_of_two: bool = False) -> BlockScaled:
     """Return x [..., K] in 1x128 tiles, without a gradient; x itself if it is block-scaled already."""
     return x if isinstance(x, BlockScaled) else BlockScaled(*encoding.quantize_1x128(x, power_of_two), x.dtype)
+
+
+def take_rows(x: torch.Tensor, index_Q: torch.Tensor) -> torch.Tensor:
+    """Return rows index_Q of x, [Q, ...], without a gradient: of tiles by `gather_rows`, a kernel on a GPU.
+
+    `x.index_select` does the same in torch, for references, which never call a kernel.
+    """
+    return x.map(lambda part: gather_rows(part, index_Q)) if isinstance(x, BlockScaled) else x.index_select(0, index_Q)
 
 
 def map_rows(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from megatron_deepseek.ops.backends.cuda.operands import aligned, dense
 from megatron_deepseek.ops.backends.kernels import operator
-from megatron_deepseek.ops.fp8.block_scaled import BlockScaled
+from megatron_deepseek.ops.fp8.block_scaled import BlockScaled, map_rows, plain, take_rows
+from megatron_deepseek.ops.permute import gather_rows as gather_again, sum_rows
 
 _BF16 = torch.bfloat16
 
@@ -38,10 +39,33 @@ def sort_by_expert(experts_TK: torch.Tensor, num_experts: int):
 
 
 def _rows_fit(x: torch.Tensor) -> bool:
-    return not isinstance(x, BlockScaled) and x.ndim == 2 and x.shape[1] * x.element_size() % 16 == 0
+    return x.ndim == 2 and x.shape[1] * x.element_size() % 16 == 0
+
+
+class _GatherTiles(torch.autograd.Function):
+    """Rows of tiles: codes and scales are moved as bytes. Their gradient is an ordinary tensor or tiles."""
+
+    @staticmethod
+    def forward(ctx, x_TH, order_R, inverse_R, copies):
+        ctx.save_for_backward(inverse_R)
+        ctx.copies = copies
+        return take_rows(x_TH, order_R if copies == 1 else order_R // copies)
+
+    @staticmethod
+    def backward(ctx, grad_RH):
+        (inverse_R,) = ctx.saved_tensors
+        if ctx.copies == 1:
+            return map_rows(grad_RH.contiguous(), lambda part: gather_again(part, inverse_R)), None, None, None
+        grad_RH, place_TK = plain(grad_RH), inverse_R.view(-1, ctx.copies)
+        if not _rows_fit(grad_RH) or grad_RH.dtype != _BF16:
+            return sum_rows(grad_RH, place_TK), None, None, None
+        unread = place_TK.new_empty(0, dtype=torch.int32)  # only the derivative would read it
+        return operator("combine_rows")(dense(grad_RH), unread, place_TK.int(), None), None, None, None
 
 
 def _gather(x: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, copies: int):
+    if isinstance(x, BlockScaled):
+        return _GatherTiles.apply(x, order_R, inverse_R, copies)
     if not _rows_fit(x) or x.requires_grad and x.dtype != _BF16:
         return NotImplemented
     return operator("gather_rows")(dense(x), order_R.int(), inverse_R.int().view(-1, copies))
@@ -63,7 +87,7 @@ def copy_and_permute(x_TH: torch.Tensor, order_R: torch.Tensor, inverse_R: torch
 
 
 def weighted_sum(y_RH: torch.Tensor, weights_TK: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor):
-    if not _rows_fit(y_RH) or y_RH.dtype != _BF16:
+    if isinstance(y_RH, BlockScaled) or not _rows_fit(y_RH) or y_RH.dtype != _BF16:
         return NotImplemented
     slots_TK = inverse_R.int().view(weights_TK.shape)
     return operator("combine_rows")(dense(y_RH), order_R.int(), slots_TK, weights_TK.float().contiguous())

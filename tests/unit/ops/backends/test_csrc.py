@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,29 @@ def test_no_spills_and_no_local_memory(compiled):
     assert {report.architecture for report in reports} == {"sm_80", "sm_90a"}
     bad = [report for report in reports if report.stack or report.spills]
     assert not bad, "\n".join(map(str, bad))
+
+
+def documented_registers() -> dict[str, tuple[int, int, int]]:
+    """Return the blocks, threads and registers of a kernel by the name of its row in docs/kernels.md's table."""
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) blocks x (\d+) threads x .*?\((?:\d+ to )?(\d+) registers\) \|", page,
+                      re.M)
+    return {name: (int(blocks), int(threads), int(registers)) for name, blocks, threads, registers in rows}
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("row, part", [
+    ("1x128", "rows_kernelINS_5PlainItE"), ("E5M6 and back", "quantize_e5m6_kernel"),
+    ("loss", "statistics_kernelILi8E"), ("its gradient", "gradient_kernelILi8E")])
+def test_documented_registers(compiled, row, part):
+    """And as many blocks as the registers of a multiprocessor suffice for, which are given in eights."""
+    if "release 13.0" not in build.run_command([build.find_nvcc(), "--version"]):
+        pytest.skip("the page is of nvcc 13.0")
+    blocks, threads, registers = documented_registers()[row]
+    assert registers == max(report.registers for report in compiled[1]
+                            if part in report.kernel and report.architecture == "sm_90a")
+    assert blocks == 64 * 1024 // (-(-registers // 8) * 8 * threads)
 
 
 @pytest.mark.slow
@@ -169,10 +193,12 @@ def test_one_of_two_processes_compiles(tmp_path):
     assert (tmp_path / "runs").read_text() == "once more\n"
 
 
-def test_planted_mistakes_are_still_where_they_were():
+def test_planted_mistakes_are_still_where_they_were(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "emulation")
     mistakes = load("emulation_mistakes", ROOT / "tests" / "emulation" / "mistakes.py").MISTAKES
     moved = [each.name for each in mistakes if each.old not in (build.SOURCES / each.file).read_text()]
     assert not moved
     assert f"plants {len(mistakes)} mistakes in csrc/" in (ROOT / "docs" / "kernels.md").read_text()
-    tests = {each.tests for each in mistakes}
-    assert tests <= {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    tests = {each.tests if "/" in each.tests else f"gpu/{each.tests}" for each in mistakes}
+    assert all((ROOT / "tests" / path).is_file() for path in tests)
+    assert len({(each.file, each.old, each.new) for each in mistakes}) == len(mistakes)

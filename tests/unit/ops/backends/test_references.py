@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_deepseek.ops.attention import Scores
 from megatron_deepseek.ops.backends import registry
+from megatron_deepseek.ops.fp8.block_scaled import quantize, share
 
 
 def numbers(*shape: int, leaf: bool = True) -> torch.Tensor:
@@ -51,19 +52,47 @@ def arguments() -> dict[str, tuple]:
         "grouped_scaled_mm_wgrad": (*columns, *columns, counts)}
 
 
+def arguments_in_tiles() -> dict[str, tuple]:
+    """What operators take as tiles, too: BlockScaled, whose own operations must not dispatch either."""
+    order, inverse, _ = plain.sort_by_expert(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
+    rows, tokens, wide = share(numbers(6, 24)), share(numbers(3, 24)), numbers(3, 24, leaf=False)
+    kept = quantize(wide)
+    return {"permute": (rows, order, inverse), "copy_and_permute": (tokens, order, inverse),
+            "quantize_swiglu_columns": (kept, kept, True, [2, 0, 1]),
+            "swiglu_backward_tiles": (wide, kept, kept, False, [2, 0, 1])}
+
+
 def test_every_reference_is_known():
     assert set(REFERENCES) == set(registry.CANDIDATES) == set(arguments())
 
 
-@pytest.mark.parametrize("name", registry.CANDIDATES)
-def test_reference(name, monkeypatch):
-    given = arguments()[name]
-
+@pytest.fixture
+def no_backend(monkeypatch):
+    """Return a function after which whoever asks the registry for a backend fails."""
     def refuse(x):
-        raise AssertionError(f"the reference of {name} asks for a backend")
+        raise AssertionError("a reference asks for a backend")
 
-    monkeypatch.setattr(registry, "on_gpu", refuse)
+    return lambda: monkeypatch.setattr(registry, "on_gpu", refuse)
+
+
+@pytest.mark.parametrize("name", registry.CANDIDATES)
+def test_reference(name, no_backend):
+    given = arguments()[name]
+    no_backend()
     results = [y for y in tree_leaves(REFERENCES[name](*given)) if isinstance(y, torch.Tensor) and y.requires_grad]
     leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
     if results and leaves:
         torch.autograd.grad(results, leaves, [torch.ones_like(y) for y in results], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", arguments_in_tiles())
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_reference_of_tiles(name, in_tiles, no_backend):
+    """The gradient comes in numbers or in tiles."""
+    given = arguments_in_tiles()[name]
+    upstream = numbers(6, 24, leaf=False)
+    upstream = quantize(upstream) if in_tiles else upstream
+    no_backend()
+    result = REFERENCES[name](*given)
+    if isinstance(result, torch.Tensor):
+        torch.autograd.grad(result, given[0], upstream)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import run_script
 
 from megatron_deepseek.model.architecture.presets import TINY
 from megatron_deepseek.ops.backends import kernels, registry
@@ -82,6 +83,43 @@ def test_hopper_without_csrc(gpu):
     why = "(csrc/ is not built; python csrc/build.py builds it (docs/kernels.md))"
     assert f"warning: slow, each in several steps of torch: 23 operators, norm_quantize among them {why}" in lines
     assert f"faster if it were here: scaled_mm, grouped_scaled_mm, grouped_scaled_mm_wgrad {why}" in lines
+
+
+STALE = """
+import sys
+import torch
+from pathlib import Path
+from megatron_deepseek.ops.backends import kernels, registry
+from megatron_deepseek.ops.backends.startup import describe_kernels
+library = torch.library.Library(kernels.NAMESPACE, "DEF")
+
+def load_library(path):
+    for name, text in kernels.declarations().items():
+        if name != sys.argv[1]:
+            library.define(text.replace(*sys.argv[2:4]))
+
+torch.ops.load_library = load_library
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda: (9, 0)
+torch.version.cuda = "13.0"
+kernels.LIBRARY = Path(__file__)
+print(*describe_kernels(fp8=True), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("missing, old, new, said", [
+    ("none", "none", "none", None), ("retile_e5m6", "none", "none", "retile_e5m6"),
+    ("none", "int num_experts, int align", "int num_experts", "route")])
+def test_a_library_of_other_sources_is_a_reason(tmp_path, missing, old, new, said):
+    """One that was kept while csrc/ got another operator, or other arguments of one: not a crash in the first step."""
+    script = tmp_path / "stale.py"
+    script.write_text(STALE)
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    assert run_script([str(script), missing, old, new], out, errors) == 0, errors.read_text()
+    lines = out.read_text()
+    assert ("csrc for 26 operators" in lines) == (said is None)
+    reason = f"was built of other sources: {said}; python csrc/build.py builds it again"
+    assert (reason in lines) == (said is not None)
 
 
 def test_a_cpu_says_nothing():
