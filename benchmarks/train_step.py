@@ -120,11 +120,11 @@ def timed(step, *args, clock: str = "wall") -> tuple[float, float]:
     return now() - begin, loss
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Return the FLOP/s of a square GEMM, best of five."""
+def gemm_rate(dtype: torch.dtype, clock: str, size: int = 2048) -> float:
+    """Return the FLOP/s of a square GEMM, best of five, by the clock that steps are measured with."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     a @ b
-    return 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
+    return 2 * size**3 / min(timed(torch.mm, a, b, clock=clock)[0] for _ in range(5))
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -175,7 +175,7 @@ def summarize(model: ModelConfig, runs, args) -> dict:
     difference = max(abs(a[1] - b[1]) / b[1] for a, b in runs)
     our_rate = tokens / statistics.median(a[0] for a, _ in runs[1:])
     their_rate = tokens / statistics.median(b[0] for _, b in runs[1:])
-    rate = gemm_rate(torch.bfloat16 if args.bf16 else torch.float32)
+    rate = gemm_rate(torch.bfloat16 if args.bf16 else torch.float32, args.clock)
     flops = model_flops_per_token(model, args.seq_length)
     return {
         "dtype": "bf16" if args.bf16 else "fp32", "compiled": args.compile, "clock": args.clock,

@@ -35,7 +35,7 @@ FUSIBLES = (
     Fusible(rms_norm, ((0, -2),)),
     Fusible(swiglu, ((0, -2), (1, -2)), least=2),
     Fusible(rope_queries, ((0, 1), (1, 1)), form=rope_queries_in_a_pass),
-    Fusible(assemble_keys, ((0, 1), (1, 1), (2, 1)), form=assemble_keys_in_a_pass),
+    Fusible(assemble_keys, ((0, 1), (1, 1), (2, 1)), least=2, form=assemble_keys_in_a_pass),
     Fusible(apply_rope_to_halves, ((0, 1), (1, 1)), form=turn_halves_in_a_pass),
     Fusible(route, ((0, 0), (2, 0))),
     Fusible(cross_entropy_statistics, ((0, 0), (1, 0))),

@@ -16,9 +16,9 @@ class Fusible:
     """A function that may be one graph.
 
     `tokens` are pairs (argument, dimension) whose size is a number of tokens, which differs from call to call. With
-    fewer than `least` tokens the function runs as it is: a graph is specialised to a size of 0 or 1, and where experts
-    get varying numbers of tokens it would be made in the middle of a run. `form`: the same function in a form that a
-    compiler takes, or makes fewer passes of; None for the function itself.
+    fewer than `least` tokens the function runs as it is: a graph is specialised to a size of 0 or 1, and where numbers
+    of tokens vary, those of experts or of parts of documents, it would be made in the middle of a run. `form`: the same
+    function in a form that a compiler takes, or makes fewer passes of; None for the function itself.
     """
 
     function: Callable

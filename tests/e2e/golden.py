@@ -4,8 +4,8 @@
     python tests/e2e/golden.py record DIR      train all of them, 20 steps each, and keep their records in DIR
     python tests/e2e/golden.py compare DIR     train them again and list every number that has another bit
 
-The corpus and the vocabulary are made at the first `record` and kept in DIR, since the corpus is this repository's own
-sources. Bits depend on the machine and on torch's build, so records are of use on the machine that made them only.
+The corpus is made at the first `record` and kept in DIR: it is Python's own library, which differs between versions of
+Python. Bits depend on the machine and on torch's build, so records are of use on the machine that made them only.
 """
 
 import argparse

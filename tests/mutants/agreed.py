@@ -13,6 +13,12 @@ RESUME = ("tests/unit/runtime/test_resume.py",)
 SIGHT = ("tests/unit/parallel/test_exchange.py",)
 STEP = ("tests/unit/training/test_trainer.py",)
 
+READ_MUTANTS = of(
+    ("tests/parallel/test_host_reads.py",),
+    ("norm_backward", ".sum(0).to(weight.dtype)", ".sum(0).to(weight.dtype).cpu()"),
+    ("swiglu_backward", "F.silu(gate).mul_(grad)", "F.silu(gate.to(str(gate.device))).mul_(grad)"),
+)
+
 LOOP_MUTANTS = of(
     LOOP,
     ("Run._step", "learning_rate(self.schedule, state.consumed_samples)",
@@ -224,4 +230,4 @@ KEPT_AND_FREED = of(
 )
 
 AGREED = (*LOOP_MUTANTS, *RESUME_MUTANTS, *SCHEDULES, *BATCHES, *SHOWN, *NORMS, *RULES, *REFUSED_ELSEWHERE, *BLOCKS,
-          *KEPT_AND_FREED)
+          *KEPT_AND_FREED, *READ_MUTANTS)

@@ -16,6 +16,7 @@ COMPILED = of(
     ("fusibles_of", "is_accelerator(device) or ", ""),
 ) + of(
     ("tests/parallel/test_compiled_layers.py",),
+    ("compiled.FUSIBLES", "least=2, form=assemble_keys_in_a_pass", "form=assemble_keys_in_a_pass"),
     ("build_stages", "compile_stages(stages, options.compiler, meshes.device)", "pass"),
 ) + of(
     ("tests/unit/serving/test_served_compiled.py",),

@@ -1,5 +1,6 @@
 """What each collective of a step sends, counted on every rank, beside the least (docs/benchmarks.md has the table)."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from collective_bytes import (
     of_all_ranks,
     replicated_bytes,
     sent_in_a_step,
+    table,
     token_bytes,
 )
 
@@ -76,6 +78,12 @@ def test_tokens_travel_once_to_a_node_and_once_for_each_expert_inside(ranks, cas
     assert needed == sum(each.tokens.least for each in sent) < counted < 2 * needed
     choices = sum(each.tokens.choices for each in sent)
     assert sum(each.by_purpose[COUNTS] for each in sent) >= choices and (choices > 0) == (case.dispatcher == "grouped")
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table(ranks):
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text().splitlines()
+    assert not [line for line in table(ranks) if line not in page]
 
 
 def test_bytes_of_tokens_by_hand():

@@ -1,12 +1,15 @@
-"""benchmarks/step_anatomy.py: what operators move, and a few parts of a small step, by hand."""
+"""benchmarks/step_anatomy.py: what operators move, a few parts of a small step by hand, and the tables of its page."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from small_models import V3_SMALL
+from torch_versions import VERSION
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+REPOSITORY = Path(__file__).parents[2]
+sys.path.append(str(REPOSITORY / "benchmarks"))
 
 import step_anatomy
 from anatomy_pieces import least, parts
@@ -75,3 +78,20 @@ def test_the_table_has_a_row_for_each_part(meshes):
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         *least.OF_MICRO_BATCH, *least.OF_STEP, "all else", "together"]
     assert {line.count("|") for line in lines} == {10}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION != (2, 13), reason="docs/benchmarks.md has the operators of torch 2.13")
+def test_the_page_has_the_table_of_float32(meshes):
+    """The operators to the last one, and bytes to what few tokens make that another processor sends to other experts.
+    In bfloat16 numbers of rows are rounded up, and few processors have products of it.
+    """
+    counter, parameters = step_anatomy.count_step(step_anatomy.MODEL, False, 2)
+    counted = [*step_anatomy.rows(counter, step_anatomy.least_bytes(step_anatomy.MODEL, False, 2, parameters))]
+    section = (REPOSITORY / "docs" / "benchmarks.md").read_text().partition("Float32, by the same command")[2]
+    written = [line for line in section.splitlines() if line.startswith("|")][:len(counted)]
+    for line, expected in zip(written, counted, strict=True):
+        cells, wanted = ([cell.strip().replace(",", "") for cell in each.split("|")] for each in (line, expected))
+        assert [cells[index] for index in (1, 2, 4, 6, 8)] == [wanted[index] for index in (1, 2, 4, 6, 8)]
+        for index in (3, 7) if counted.index(expected) > 1 else ():
+            assert float(cells[index] or 0) == pytest.approx(float(wanted[index] or 0), rel=0.02, abs=0.1), expected

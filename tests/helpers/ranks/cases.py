@@ -287,7 +287,8 @@ class Case:
     @property
     def frozen_names(self) -> tuple[str, ...]:
         """Drawn, or all but those that `trained` names. None of MTP modules that the objective leaves out."""
-        used = self.model if self.objective != "pairs" else replace(self.model, num_nextn_predict_layers=0)
+        trains_mtp = self.objective in ("next_token", "samples")
+        used = self.model if trains_mtp else replace(self.model, num_nextn_predict_layers=0)
         return all_but(self.model, self.trained) if self.trained else drawn(used, self.frozen)
 
 

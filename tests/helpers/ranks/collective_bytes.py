@@ -5,6 +5,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,15 +181,22 @@ def of_all_ranks(case: Case, sent: list[Sent]) -> dict[str, tuple[int, float | N
     return {name: (number, needed.get(name) or None) for name, number in counted.items() if number}
 
 
+def table(ranks) -> Iterator[str]:
+    """Yield the lines of the table, counted on `ranks` (ranks.Ranks)."""
+    yield "| layout | purpose | bytes sent | least | times |"
+    yield "|---|---|---|---|---|"
+    for case in SHOWN:
+        found = of_all_ranks(case, ranks.run(case.layout.world_size, sent_in_a_step, case))
+        for name, (number, size) in sorted(found.items(), key=lambda each: -each[1][0]):
+            yield (f"| {case} | {name} | {number:,} | {f'{size:,.0f}' if size else ''} "
+                   f"| {f'{number / size:.2f}' if size else ''} |")
+
+
 def main() -> None:
     from ranks import Ranks
 
-    print("| layout | purpose | bytes sent | least | times |\n|---|---|---|---|---|")
-    for case in SHOWN:
-        found = of_all_ranks(case, Ranks().run(case.layout.world_size, sent_in_a_step, case))
-        for name, (number, size) in sorted(found.items(), key=lambda each: -each[1][0]):
-            print(f"| {case} | {name} | {number:,} | {f'{size:,.0f}' if size else ''} "
-                  f"| {f'{number / size:.2f}' if size else ''} |")
+    for line in table(Ranks()):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
