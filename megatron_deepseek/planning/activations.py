@@ -88,12 +88,14 @@ def experts(shapes: LayerShapes, dropped: float) -> Iterator[Kept]:
 
 
 def router(shapes: LayerShapes) -> Iterator[Kept]:
-    """Yield what the router keeps (model/router.py): its input as it is given, which shared experts keep too."""
+    """Yield what the router keeps (model/router.py): its input as it is given, which shared experts keep too. Without
+    sequence parallelism it is a slice of the norm's output: a copy of several sequences' tokens, of one's a view.
+    """
     model, numbers, layout, own = shapes.model, shapes.numbers, shapes.layout, shapes.own
-    if layout.tp > 1 and not layout.sequence_parallel:  # a slice of the norm's output
+    if layout.tp > 1 and not layout.sequence_parallel and shapes.sequences > 1:
         yield Kept("router's input", numbers.plain(own, model.hidden_size))
-    elif not model.n_shared_experts or numbers.fp8 or layout.tp > 1:
-        yield Kept("router's input", numbers.plain(own, model.hidden_size), LAYERNORM)
+    elif not model.n_shared_experts or numbers.fp8 or shapes.gathers:
+        yield Kept("router's input", numbers.plain(shapes.stream, model.hidden_size), LAYERNORM)
     yield Kept("router's scores", own * model.n_routed_experts * numbers.wide)
     yield Kept("chosen experts", own * model.num_experts_per_tok * INDEX, stays=True)
     if model.norm_topk_prob and model.num_experts_per_tok > 1:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
-from megatron_deepseek.planning.trained_weights import VALUE, Trained
+from megatron_deepseek.planning.trained_weights import OUTPUT, VALUE, Trained
 
 
 def attention_forward(shapes: LayerShapes, index: int, kept: Iterable[Kept], trained: Trained) -> float:
@@ -19,9 +19,22 @@ def attention_forward(shapes: LayerShapes, index: int, kept: Iterable[Kept], tra
     for each in kept:
         sizes[each.name] = sizes.get(each.name, 0.0) + each.bytes
     window = shapes.model.window_of(index)
-    if shapes.layout.cp > 1 or window is not None:
-        return _in_blocks(shapes, sizes, window)
-    return _projecting(shapes, sizes, trained)
+    there = _in_blocks(shapes, sizes, window) if shapes.layout.cp > 1 or window is not None else \
+        _projecting(shapes, sizes, trained)
+    return max(there, _leaving(shapes, sizes, trained))
+
+
+def _leaving(shapes: LayerShapes, sizes: Mapping[str, float], trained: Trained) -> float:
+    """Return the bytes while attention's output is multiplied with a weight that is made plain, beside what its adapter
+    has given; 0 for a plain weight.
+    """
+    model, numbers = shapes.model, shapes.numbers
+    number = shapes.heads * model.value_head_dim * model.hidden_size
+    given, made = numbers.plain(shapes.whole, model.hidden_size), numbers.made_plain(number)
+    if not made:
+        return 0.0
+    return _before(sizes, "input of the MLP's norm") + trained.adapts(OUTPUT) * given + made + max(
+        given, numbers.while_made(number))
 
 
 def _before(sizes: Mapping[str, float], last: str) -> float:

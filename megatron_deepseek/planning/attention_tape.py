@@ -3,6 +3,7 @@
 It begins with the gradient of what attention adds to the stream, and ends with that of attention's input.
 """
 
+from megatron_deepseek.planning.adapter_inputs import AS_NUMBERS
 from megatron_deepseek.planning.byte_tape import Tape
 from megatron_deepseek.planning.layer_shapes import LayerShapes
 
@@ -107,6 +108,7 @@ def _output(tape: Tape, shapes: LayerShapes, stream: float, width_bytes: float, 
     apart = tape.size_of("attention's output as computed") > 0
     tape.product("attention's output", gathered, width_bytes, shapes.model.hidden_size * width, stays=not apart,
                  received=not shapes.gathers)
+    tape.free("attention's output" + AS_NUMBERS)
 
 
 def _blocks(tape: Tape, shapes: LayerShapes, queries: float, keys: float, values: float, projected: float,

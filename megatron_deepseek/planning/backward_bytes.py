@@ -12,7 +12,15 @@ from math import inf
 from typing import NamedTuple
 
 from megatron_deepseek.parallel.layout_string import Stage
-from megatron_deepseek.planning.backward_units import of_last_mlp, outside_of_layers, units_of_layer, units_of_stage
+from megatron_deepseek.planning.backward_units import (
+    largest_outside,
+    of_last_mlp,
+    outside_of_layers,
+    units_of_layer,
+    units_of_stage,
+    uses_of_embedding,
+)
+from megatron_deepseek.planning.gathered_units import Gathered, by_layer, part_of
 from megatron_deepseek.planning.held_parameters import Held
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
@@ -33,11 +41,8 @@ from megatron_deepseek.planning.phases import (
 from megatron_deepseek.planning.replay import Piece
 from megatron_deepseek.planning.stage_states import (
     NOTHING,
-    Gathered,
     Sizes,
-    by_layer,
     made_with_inputs,
-    part_of,
     sizes,
     trained,
 )
@@ -70,9 +75,9 @@ class Instant(NamedTuple):
 class Layers:
     """The layers of a stage, in their order, and what the backward has before it comes to them: `beside` is free of
     what the stage keeps outside of them, `waits` is what the head's weight gradient needs later, `head` its weight
-    gradient, which is there until the stage's backward ends, as `embedding` is behind MTP modules, and `loss` what is
-    there while the head's backward runs. `given`: the gradient of the stage's output that was received, which is
-    counted as such.
+    gradient, which is there until the stage's backward ends, as `embedding` is behind MTP modules, if it is another
+    weight, and `loss` what is there while the head's backward runs. `given`: the gradient of the stage's output that
+    was received, which is counted as such.
     """
 
     each: Sequence[tuple[int, LayerBytes]]
@@ -140,7 +145,9 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
     """Yield the moments of a whole backward."""
     weights, upwards = by_layer(job, stage), [index for index, _ in reversed(layers.each)]
     outside = weights.outer if weights else 0.0
-    yield Instant(layers.loss, gathered=outside)
+    if weights:
+        yield Instant(0.0, gathered=outside + weights.outer_sent)
+    yield Instant(layers.loss, gathered=outside + _coming(weights, upwards))
     size, done, before, free, given = sizes(job), NOTHING, NOTHING, layers.beside, layers.given
     freed = 0.0
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
@@ -151,7 +158,7 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
         for moment in layer.moments:
             made = size.gradient * (min(moment.dense, dense.dense) + min(moment.experts, experts.experts))
             now = Instant(moment.bytes + made + there - given * moment.given, done, before, gathered=(
-                weights.at(index, after, bool(moment.ended), moment.ends) if weights else 0.0), freed=freed)
+                weights.at(index, after, bool(moment.ended), moment) if weights else 0.0), freed=freed)
             if moment.ends == "router":  # its own buffer is small
                 before = NOTHING
             elif moment.ends:
@@ -163,11 +170,15 @@ def _course(job: Job, stage: int, layers: Layers) -> Iterator[Instant]:
             yield now
         free, given = free + layer.kept, 0.0
     outer, part = outside_of_layers(job, stage), job.stages[stage]
-    if part.embedding + len(part.mtp) > 1:  # two lookups' gradients, and their sum
-        embedding = trained(job, Stage(True, (), (), False)).dense
-        yield Instant(size.gradient * (outer.dense + 2 * embedding) - free, done, before, gathered=outside, freed=freed)
+    added = size.gradient * (outer.dense + _added_to_embedding(job, stage))
+    yield Instant(added - free, done, before, gathered=outside, freed=freed)
     whole = gathered_weights(job, [part]).all if size.gathered else 0.0
-    yield Instant(-free, done, before, outer, outer.dense / 2, freed=whole)
+    yield Instant(-free, done, before, outer, largest_outside(job, stage), freed=whole)
+
+
+def _coming(weights: Gathered | None, upwards: Sequence[int]) -> float:
+    """Return the bytes of the weights that are on their way while the backward is still outside of layers."""
+    return weights.sent[upwards[0]].dense if weights and upwards else 0.0
 
 
 def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence[Piece]]:
@@ -176,7 +187,7 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence
     """
     size, found, weights = sizes(job), {}, by_layer(job, stage)
     course = list(_course_of_inputs(job, stage, layers, weights))
-    every = weights.outer + sum(each.all for each in weights.layers.values()) if weights else 0.0
+    every = weights.all if weights else 0.0
     free = layers.beside + sum(each.kept for _, each in layers.each)
     waits = layers.waits + sum(each.waiting for _, each in layers.each)
     outer = size.sum * made_with_inputs(job, stage).count
@@ -218,7 +229,9 @@ def _pieces(course: Sequence[Instant], turn: tuple[int, int], size: Sizes, gathe
 def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | None) -> Iterator[Instant]:
     """Yield the moments of a backward of the inputs. What it gathers stays."""
     later, began, upwards = weights.outer if weights else 0.0, 0, [index for index, _ in reversed(layers.each)]
-    yield Instant(layers.loss, gathered=later)
+    if weights:
+        yield Instant(0.0, gathered=later + weights.outer_sent)
+    yield Instant(layers.loss, gathered=later + _coming(weights, upwards))
     free, waits, given = layers.beside, layers.waits, layers.given
     for (index, layer), after in zip(reversed(layers.each), [*upwards[1:], None]):
         there, behind = layers.of_outer(index) - free + waits, began + layer.gathers_behind
@@ -228,13 +241,23 @@ def _course_of_inputs(job: Job, stage: int, layers: Layers, weights: Gathered | 
             yield Instant(layer.sent + there - given, gathered=beyond + weights.gathering_experts(index), piece=behind)
         for moment in layer.moments:
             piece = began + moment.piece
-            gathered = beyond + weights.at(index, after, piece < behind, "") if weights else 0.0
+            gathered = beyond + weights.at(index, after, piece < behind, moment) if weights else 0.0
             yield Instant(moment.bytes + there - given * moment.given, gathered=gathered, piece=piece,
                           waits=moment.waits)
         free, waits, given = free + layer.kept, waits + layer.waiting, 0.0
         began, later = began + layer.exchanges, later + (weights.layers[index].all if weights else 0.0)
     outer = made_with_inputs(job, stage)
-    yield Instant(waits - free, ending=outer, last=outer.dense / 2, gathered=later, piece=began)
+    added = sizes(job).gradient * (outer.dense + _added_to_embedding(job, stage))
+    yield Instant(added + waits - free, gathered=later, piece=began)
+    yield Instant(waits - free, ending=outer, last=min(outer.dense, largest_outside(job, stage)), gathered=later,
+                  piece=began)
+
+
+def _added_to_embedding(job: Job, stage: int) -> int:
+    """Return how many parameters' gradients there are more than weights, when the last one of the embedding is made and
+    added to those of its other uses.
+    """
+    return 2 * trained(job, Stage(True, (), (), False)).dense if uses_of_embedding(job, stage) > 1 else 0
 
 
 def _made(job: Job, stage: int, first: bool, last: bool) -> float:

@@ -7,6 +7,7 @@ out. `docs/dry_run.md` says how it is compared with the code itself.
 
 from collections.abc import Iterable
 
+from megatron_deepseek.planning.adapter_inputs import AS_NUMBERS
 from megatron_deepseek.planning.attention_tape import grouped_query_backward, latent_backward
 from megatron_deepseek.planning.byte_tape import Backward, Tape
 from megatron_deepseek.planning.forward_bytes import Forward
@@ -22,15 +23,14 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     if it does not. `trained`: which of its weights are trained, or have adapters.
     """
     there = list(there)
-    tape = Tape(whole, there, deferred, shapes.numbers, trained)
-    model, stream = shapes.model, shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
+    model = shapes.model
+    tape = Tape(whole, there, deferred, shapes.numbers, trained, model.n_routed_experts // shapes.layout.ep)
+    stream = shapes.numbers.plain(shapes.stream, shapes.model.hidden_size)
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
         for made, number in ((again.gathering, turns.out), (again.most, turns.back)):
-            tape.make(made - held)
-            tape.exchange(number * model.is_moe_layer(index))
-            tape.drop(made - held)
+            tape.rerun(made - held, number * model.is_moe_layer(index))
         tape.use(*(each.name for each in whole))
     mtp = index >= model.num_hidden_layers
     if mtp:
@@ -60,7 +60,7 @@ def _peaks(moments: list[Backward]) -> tuple[Backward, ...]:
     """Return the moments that can be the highest: of those with the same weight gradients the one with most bytes."""
     best: dict[tuple, Backward] = {}
     for each in moments:
-        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits
+        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns
         if key not in best or each.bytes > best[key].bytes:
             best[key] = each
     return tuple(best.values())
@@ -101,7 +101,7 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         tape.drop(of_gradient)
     else:
         tape.weigh(of_gradient, of_gradient + tiles, parameters, experts)
-    tape.free(source)
+    tape.free(source, source + AS_NUMBERS)
     tape.drop(hidden, 0.0 if received or as_tiles else gradient)
 
 

@@ -1,9 +1,10 @@
 """The trained parameters of a stage, unit by unit of FSDP, as a backward sums and reduces their gradients."""
 
 from megatron_deepseek.parallel.layout_string import Stage
+from megatron_deepseek.planning.gathered_units import part_of
 from megatron_deepseek.planning.held_parameters import Held, together
 from megatron_deepseek.planning.job import Job
-from megatron_deepseek.planning.stage_states import NOTHING, part_of, trained
+from megatron_deepseek.planning.stage_states import NOTHING, trained
 
 
 def units_of_layer(job: Job, index: int) -> tuple[Held, Held]:
@@ -21,6 +22,19 @@ def outside_of_layers(job: Job, stage: int) -> Held:
     held = trained(job, job.stages[stage])
     layers = together([units_of_layer(job, index)[0] for index in job.layers_of(stage)])
     return Held(held.dense - layers.dense, 0, held.dense_padding - layers.dense_padding)
+
+
+def largest_outside(job: Job, stage: int) -> int:
+    """Return the parameters of the larger one of embedding and head, as far as a stage holds them and trains them."""
+    part = job.stages[stage]
+    parts = Stage(bool(part.embedding or part.mtp), (), (), False), Stage(False, (), (), part.loss)
+    return max(trained(job, each).dense for each in parts)
+
+
+def uses_of_embedding(job: Job, stage: int) -> int:
+    """Return how often a stage uses the embedding: for its tokens, for those of MTP modules, and as a tied head."""
+    part = job.stages[stage]
+    return part.embedding + len(part.mtp) + (part.loss and job.model.tie_word_embeddings)
 
 
 def units_of_stage(job: Job, stage: int) -> list[Held]:

@@ -28,7 +28,7 @@ class Backward:
     again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
     the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
     "experts", "router" or "layer"; `ended`: the one of these that has ended last. `piece`: how many exchanges have
-    begun before; `waits`: the next one begins now.
+    begun before; `waits`: the next one begins now. `reruns`: the layer's forward is made again.
     """
 
     bytes: float
@@ -39,29 +39,38 @@ class Backward:
     ended: str = ""
     piece: int = 0
     waits: bool = False
+    reruns: bool = False
 
 
 class Tape:
     """Bytes as they come and go. `there`: the kept tensors of the layer that are on the device before its backward;
     others are made again, or brought back, when they are used. `deferred`: weight gradients are made apart. `trained`:
-    which weights of the layer have gradients, or adapters.
+    which weights of the layer have gradients, or adapters. `groups`: a rank's routed experts.
     """
 
     def __init__(self, whole: Iterable[Kept], there: Iterable[Kept], deferred: bool, numbers: Numbers,
-                 trained: Trained = ALL):
+                 trained: Trained = ALL, groups: int = 1):
         self._sizes: dict[str, float] = {}
         for each in whole:
             self._sizes[each.name] = self._sizes.get(each.name, 0.0) + each.bytes
         self._there = {each.name for each in there}
-        self._deferred, self._numbers, self._trained = deferred, numbers, trained
+        self._deferred, self._numbers, self._trained, self._groups = deferred, numbers, trained, groups
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
-        self._piece = 0
+        self._piece, self._reruns = 0, False
         self.moments: list[Backward] = []
 
     def make(self, size: float) -> None:
         """Allocate so many bytes."""
         self._now += size
         self._note()
+
+    def rerun(self, size: float, exchanges: int) -> None:
+        """Allocate so many bytes while the layer's forward is made again, and until so many exchanges have begun."""
+        self._reruns = True
+        self.make(size)
+        self.exchange(exchanges)
+        self.drop(size)
+        self._reruns = False
 
     def drop(self, *sizes: float) -> None:
         """Free what was made."""
@@ -116,6 +125,7 @@ class Tape:
         if source is not None:
             self.use(source)
         each = self.tiles(gradient) if in_recipe else 0.0
+        plain = self._made_plain(parameters, experts) if in_recipe else 0.0
         if self.is_frozen(source):
             self.make(each)
             self.make(result)
@@ -124,11 +134,20 @@ class Tape:
             self.make(2 * each)
             self.make(result)
             self._weigh_input(self.tiles(result) if in_recipe else 0.0, each, each, parameters, experts)
+        self.drop(plain)
         if not received and (each or not self._waits(source)):
             self.drop(gradient)
         self._adapter(source, result, stays)
         if source is not None and not stays:
             self.free_unless_deferred(source)
+
+    def _made_plain(self, parameters: float, experts: bool) -> float:
+        """Make a weight plain for a product, and return its bytes; 0 if it is so in any case."""
+        made, beside = self._numbers.made_plain(parameters), self._numbers.while_made(
+            parameters, self._groups if experts else 1)
+        self.make(made + beside)
+        self.drop(beside)
+        return made
 
     def products_of_swiglu(self, source: str, count: int, gradient: float, result: float, parameters: float,
                            experts: bool = False) -> None:
@@ -213,7 +232,7 @@ class Tape:
 
     def _note(self, waits: bool = False) -> None:
         self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
-                                     waits))
+                                     waits, self._reruns))
 
 
 def _readers(source: str) -> tuple[str, ...]:

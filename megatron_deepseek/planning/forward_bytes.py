@@ -81,10 +81,14 @@ class _Run(NamedTuple):
 
     def at_most(self, shapes: LayerShapes, rows: float) -> float:
         """Return the most that exists in experts, which get so many rows: those, gate and up, hidden, and results."""
-        width, numbers = shapes.model.moe_intermediate_size // shapes.layout.etp, shapes.numbers
-        gate_up, results = 2 * numbers.product_input(rows, width), numbers.plain(rows, shapes.model.hidden_size)
-        return numbers.product_input(rows, shapes.model.hidden_size) + max(
-            self.up * gate_up, gate_up + numbers.plain(rows, width) + self.down * results)
+        model, numbers, h = shapes.model, shapes.numbers, shapes.model.hidden_size
+        width = model.moe_intermediate_size // shapes.layout.etp
+        experts = model.n_routed_experts // shapes.layout.ep
+        gate_up, results = 2 * numbers.product_input(rows, width), numbers.plain(rows, h)
+        up, down = (max(count * size, (count > 1) * size + numbers.made_plain(number) + max(
+            size, numbers.while_made(number, experts))) for count, size, number in (
+            (self.up, gate_up, 2 * experts * h * width), (self.down, results, experts * h * width)))
+        return numbers.product_input(rows, h) + max(up, gate_up + numbers.plain(rows, width) + down)
 
 
 def _whole_experts(shapes: LayerShapes, run: _Run) -> Forward:

@@ -51,10 +51,26 @@ def head(shapes: LayerShapes, chunk: int | None, predictions: int) -> Iterator[K
 
 
 def head_forward(shapes: LayerShapes, chunk: int | None) -> float:
-    """Return the bytes that exist only while a prediction's loss is made: a chunk's logits, and on CPU in float32."""
+    """Return the bytes that exist only while a prediction's loss is made: a chunk's logits, and where no kernel makes
+    them their gradient in place, float32 numbers of each, two with the gradient.
+    """
     vocabulary, tokens = _rows(shapes), min(chunk or shapes.whole, shapes.whole)
-    wide = 0 if shapes.numbers.cuda else tokens * vocabulary * shapes.numbers.wide
-    return wide + (0 if chunk is None else shapes.numbers.plain(tokens, vocabulary))
+    wide = 0 if _in_place(shapes) else tokens * vocabulary * shapes.numbers.wide
+    return wide if chunk is None else 2 * wide + shapes.numbers.plain(tokens, vocabulary)
+
+
+def _in_place(shapes: LayerShapes) -> bool:
+    """Return whether a kernel makes logits their gradient in place (ops/cross_entropy.py): bfloat16 ones on CUDA."""
+    return shapes.numbers.cuda and shapes.numbers.element < shapes.numbers.wide
+
+
+def _gradient_of_logits(shapes: LayerShapes, chunk: int | None) -> float:
+    """Return the bytes while the gradient of all logits is made beside them; 0 where it is not made by this project's
+    code (parallel/vocabulary.py), or in their place.
+    """
+    by_torch = shapes.layout.tp == 1 and not shapes.numbers.cuda
+    return 0.0 if chunk is not None or by_torch or _in_place(shapes) else (
+        2 * shapes.whole * _rows(shapes) * shapes.numbers.wide)
 
 
 def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True, predictions: int = 1) -> float:
@@ -68,7 +84,7 @@ def head_backward(shapes: LayerShapes, chunk: int | None, trained: bool = True, 
     if not trained:
         return numbers.plain(shapes.whole, model.hidden_size)
     weight, of_input = numbers.plain(vocabulary, model.hidden_size), numbers.plain(shapes.whole, model.hidden_size)
-    first = weight + of_input + head_forward(shapes, chunk)
+    first = max(weight + of_input + head_forward(shapes, chunk), _gradient_of_logits(shapes, chunk))
     if predictions == 1:
         return first
     if chunk is not None:

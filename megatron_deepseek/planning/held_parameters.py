@@ -113,6 +113,16 @@ def held_outside(model: ModelConfig, layout: Layout, stages: Sequence[Stage], ke
                      for stage in stages])
 
 
+@lru_cache(8192)
+def largest_products(model: ModelConfig, layout: Layout, index: int) -> Held:
+    """Return how many numbers a rank has of the largest weight of a product in layer `index`: of those that the FP8
+    recipe multiplies with, dense ones and routed experts'.
+    """
+    axes = _ranks(layout).axes()
+    sizes = [(row.mesh == "expert", prod(_local(row, axes))) for row in layer_rows(model, index) if is_quantised(row)]
+    return Held(*(max((size for experts, size in sizes if experts == wanted), default=0) for wanted in (False, True)))
+
+
 class _Ranks(NamedTuple):
     """Sizes of the meshes; `data`: among how many data ranks dense parameters are divided, and experts'."""
 

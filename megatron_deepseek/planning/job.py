@@ -15,7 +15,7 @@ from megatron_deepseek.planning.layer_shapes import Exchanges, LayerShapes, Traf
 from megatron_deepseek.planning.engines import OURS, Engine
 from megatron_deepseek.planning.layer_bytes import LayerMode, modes
 from megatron_deepseek.planning.node_reach import expected_nodes, nodes_of_experts
-from megatron_deepseek.planning.numbers import Numbers
+from megatron_deepseek.planning.numbers import MAKING, Numbers
 from megatron_deepseek.planning.pipeline_balance import resolve, stages
 from megatron_deepseek.settings import Settings
 
@@ -124,8 +124,9 @@ class Job:
     @cached_property
     def numbers(self) -> Numbers:
         """Return in which numbers activations are kept."""
-        run = self.settings.run
-        return Numbers(2 if run.bf16 else 4, run.fp8_format is not None, self.cuda)
+        run, base = self.settings.run, self.settings.base
+        making = 0 if base is None or run.fp8_format is not None else MAKING[base.quantization_bit]
+        return Numbers(2 if run.bf16 else 4, run.fp8_format is not None, self.cuda, making)
 
     def shapes(self, imbalance: float | None = None) -> LayerShapes:
         """Return one micro-batch as a layer sees it; `imbalance`: rows of the fullest expert rank over the mean, which

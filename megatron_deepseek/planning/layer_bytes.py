@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_deepseek.planning.activations import layer, mtp, remaining, total
+from megatron_deepseek.planning.adapter_inputs import seen_by_adapters
 from megatron_deepseek.planning.attention_forward import attention_forward
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
@@ -94,6 +95,8 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     depth = index - shapes.model.num_hidden_layers
     all_kept = tuple(mtp(shapes, depth) if depth >= 0 else layer(shapes, index))
     whole = kept_where(trained, all_kept, shapes.own * shapes.model.hidden_size * shapes.numbers.wide)
+    if trained.adapted and shapes.numbers.fp8:
+        whole = tuple(seen_by_adapters(shapes, whole, trained))
     if trained.adapted:
         whole += (Kept("what adapters' A make", inner_bytes(shapes, index, trained)),)
     waiting = waiting_bytes(shapes, index, remaining(whole, ()), trained)
@@ -119,8 +122,19 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     else:
         gathering, behind = 0.0, 0
         beyond = host if mode.offloaded else total(whole) - kept if mode.full else 0.0
-        forward = max(buffers(shapes) + beyond, attending)
+        forward = max(buffers(shapes) + beyond, attending, beyond + _leaving_mlp(shapes))
     return LayerBytes(here, host, forward, moments, waiting, sent, gathering, behind, attending)
+
+
+def _leaving_mlp(shapes: LayerShapes) -> float:
+    """Return the bytes while a dense MLP's hidden state is multiplied with a weight that is made plain, beside what an
+    adapter has given; 0 for a plain weight.
+    """
+    model, numbers = shapes.model, shapes.numbers
+    number, given = model.intermediate_size // shapes.layout.tp * model.hidden_size, numbers.plain(
+        shapes.whole, model.hidden_size)
+    made = numbers.made_plain(number)
+    return given + made + max(given, numbers.while_made(number)) if made else 0.0
 
 
 def _sum(kept: Iterable[Kept]) -> float:

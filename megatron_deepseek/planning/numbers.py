@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 INDEX = 8  # bytes of an index of torch (int64)
 TILE = 128
+MAKING = {4: 6, 8: 10}  # of NF4 float32, with codes as int32 or as the layers' dtype; of FP8 with float32 scales too
 
 
 @dataclass(frozen=True)
 class Numbers:
     """`element`: bytes of a number in the layers' dtype. `fp8`: the large products keep their inputs in FP8. `cuda`: as
-    CUDA's kernels keep them; on CPU attention pads values to the keys' width and indices have 8 bytes.
+    CUDA's kernels keep them; on CPU attention pads values to the keys' width and indices have 8 bytes. `making`: what a
+    number of a weight that is kept in fewer bits takes at most while it is made plain for a product; 0 for plain ones.
     """
 
     element: int = 2
     fp8: bool = False
     cuda: bool = True
+    making: int = 0
 
     @property
     def wide(self) -> int:
@@ -41,6 +44,17 @@ class Numbers:
     def product_input(self, rows: float, width: int) -> float:
         """Return the bytes of what a large product keeps of its input."""
         return self.tiles(rows, width) if self.fp8 else self.plain(rows, width)
+
+    def made_plain(self, parameters: float) -> float:
+        """Return the bytes of a weight that is made plain for a product, 0 if it is so in any case."""
+        return self.element * parameters if self.making else 0.0
+
+    def while_made(self, parameters: float, groups: int = 1) -> float:
+        """Return the most bytes beside that weight while it is made: of experts' one after the other, of a matrix more
+        than its own.
+        """
+        each = self.making * parameters / groups
+        return each if groups > 1 else max(0.0, each - self.made_plain(parameters))
 
     def columns(self, rows: float, width: int, groups: int = 1) -> float:
         """Return the bytes of [rows, width] in 128x1 tiles, those of each of `groups` of rows by themselves, which are

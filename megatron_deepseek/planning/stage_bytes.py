@@ -13,6 +13,7 @@ from megatron_deepseek.planning.activations import embedding, norm, total
 from megatron_deepseek.planning.actions import actions, held_stages
 from megatron_deepseek.planning.arrivals import waiting_in_acts
 from megatron_deepseek.planning.backward_bytes import Layers, split_backwards, whole_backwards
+from megatron_deepseek.planning.gathered_units import gathered_units
 from megatron_deepseek.planning.stage_forward import forwards
 from megatron_deepseek.planning.head import chunk_of, head, head_backward, head_forward
 from megatron_deepseek.planning.job import Job
@@ -21,14 +22,11 @@ from megatron_deepseek.planning.layer_shapes import LayerShapes
 from megatron_deepseek.planning.phases import BEFORE, GATHERED, Turn
 from megatron_deepseek.planning.replay import Piece, StageBytes
 from megatron_deepseek.planning.stage_states import (
-    by_layer,
     gathers_ahead,
-    part_of,
     sizes,
     states_of_phases,
     trained,
 )
-from megatron_deepseek.planning.state_bytes import Divided, data_ranks, gathered_weights
 from megatron_deepseek.planning.trained_weights import Trained, trained_weights
 
 
@@ -62,7 +60,7 @@ def stage_bytes(job: Job, stage: int, shapes: LayerShapes) -> StageMemory:
     made = backwards(job, stage, _layers_of_backward(job, stage, shapes, layers, beside))
     made |= forwards(job, stage, tuple(zip(job.layers_of(stage), layers)), beside, head_of_forward(job, stage, shapes))
     states, first = states_of_phases(job, stage), Turn("F", BEFORE, GATHERED)
-    gathered = _first_forward(job, stage, layers, kept, beside) + states[GATHERED] - states[BEFORE]
+    gathered = _first_forward(job, stage, layers, kept) + states[GATHERED] - states[BEFORE]
     made[first] = [*made[first][:-1], max(made[first][-1], Piece(round(gathered)))]
     worst = {turn: max(pieces) for turn, pieces in made.items()}
     replayed = StageBytes(kept, waiting, states=states, in_turn={turn: each.most for turn, each in worst.items()},
@@ -79,25 +77,29 @@ def head_of_forward(job: Job, stage: int, shapes: LayerShapes) -> float:
     return head_forward(shapes, chunk_of(shapes, job.settings.loss.loss_chunk_size))
 
 
-def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: float, beside: float) -> float:
-    """Return the bytes beside what the first forward keeps, and all gathered weights, when it has just gathered a unit
-    for the step: what all data ranks sent is there until it is unpacked. Where all weights are trained their gradients
-    take more later.
+def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: float) -> float:
+    """Return the bytes beside what the first forward keeps, and all gathered weights, when it has just gathered a unit:
+    what all data ranks sent of it is there until it is unpacked, and of the unit before. Where all weights are trained
+    their gradients take more later.
     """
-    indices, ranks, weights = job.layers_of(stage), data_ranks(job), by_layer(job, stage)
-    if weights and not gathers_ahead(job) or all(trained_weights(job.settings, index).all for index in indices):
+    indices, units = job.layers_of(stage), gathered_units(job, stage)
+    if all(trained_weights(job.settings, index).all for index in indices):
         return 0.0
-    units = [gathered_weights(job, [part_of(job, index)], outside=False) for index in indices]
-    again = [Divided(each.dense * (ranks[0] > 1), each.experts * (ranks[1] > 1)) for each in units]
     if gathers_ahead(job):
-        there = weights.all if weights else 0.0  # which do not stand behind it then
-        return there + max((max(each.dense, each.experts) for each in again), default=0.0) - kept
-    found, missing, behind = [0.0], sum(each.all for each in units), kept - beside
-    for unit, twice, layer in zip(units, again, layers):
-        missing -= unit.dense
-        found.append(twice.dense - behind - missing)
-        behind, missing = behind - layer.kept, missing - unit.experts
-        found.append(twice.experts + layer.gathering - behind - missing)
+        there = units.all if job.freed_by_forwards else 0.0  # which do not stand behind it then
+        return there + max([units.outer_sent, *map(units.unpacking, indices)]) - kept
+    if job.freed_by_forwards:
+        entered = units.entering(indices[0], None) if indices else units.outer
+        return entered - kept
+    missing, left, behind = units.all - units.outer, units.outer_sent, kept
+    found = [0.0, left - kept - missing]
+    for index, layer in zip(indices, layers):
+        own = units.layers[index]
+        missing -= own.dense
+        found.append(left + units.sent[index].dense + units.made[index].dense - behind - missing)
+        left, behind, missing = units.left(index), behind - layer.kept, missing - own.experts
+        found.append(units.unpacking_experts(index, again=False) + layer.gathering - behind - missing)
+        found.append(left + layer.forward - behind - missing)
     return max(found)
 
 
@@ -109,7 +111,8 @@ def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Seque
     head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
     predictions = 1 + job.model.num_nextn_predict_layers if head else 1  # whose gradients of the weight are made now
     given = received_bytes(job, stage, shapes)["returning"]
-    embedding = sizes(job).gradient * trained(job, Stage(True, (), (), False)).dense if part.mtp else 0.0
+    tied = head and job.model.tie_word_embeddings  # one weight, whose gradients are added
+    embedding = sizes(job).gradient * trained(job, Stage(True, (), (), False)).dense if part.mtp and not tied else 0.0
     held = input_bytes(job, stage, shapes) + output_bytes(job, stage, shapes)  # by torch, until the backward has ended
     return Layers(tuple(zip(job.layers_of(stage), layers)), beside - held, head_waiting(job, stage, shapes),
                   head, head_backward(shapes, chunk, of_head > 0, predictions) if own else 0.0, given, embedding)
@@ -124,7 +127,8 @@ def beside_layers(job: Job, stage: int, shapes: LayerShapes) -> Iterator[tuple[s
     if model.num_hidden_layers - 1 in part.layers:
         yield "input of the last norm", hidden + total(norm("", shapes.stream, numbers))
         for_head = not part.loss or not shapes.gathers and _head_reads(job, shapes)
-        if for_head or model.num_nextn_predict_layers:
+        passed_on = not part.mtp and output_bytes(job, stage, shapes) > 0  # as the output of the stage, which it is
+        if (for_head or model.num_nextn_predict_layers) and not passed_on:
             yield "last state", hidden
     if part.loss:
         chunk, predictions = chunk_of(shapes, job.settings.loss.loss_chunk_size), 1 + model.num_nextn_predict_layers

@@ -8,11 +8,12 @@ another run takes turns with it (replay.py), each exchange of rows ends a piece.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from megatron_deepseek.planning.gathered_units import Gathered, by_layer
 from megatron_deepseek.planning.job import Job
 from megatron_deepseek.planning.layer_bytes import LayerBytes
 from megatron_deepseek.planning.phases import BEFORE, BEGUN, FREED, FREED_BY_FORWARDS, GATHERED, SUMMED, Turn
 from megatron_deepseek.planning.replay import Piece
-from megatron_deepseek.planning.stage_states import Gathered, by_layer, gathers_ahead, passing
+from megatron_deepseek.planning.stage_states import gathers_ahead, passing
 from megatron_deepseek.planning.state_bytes import Divided
 
 
@@ -66,9 +67,15 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
     """Yield the moments of a forward."""
     exchanges, began, freed = job.exchanges, 0, 0.0
     behind, outer = beside + sum(each.kept for _, each in layers), weights.outer if weights else 0.0
+    before = None
+    if weights:
+        yield _Instant(-behind, outer + weights.outer_sent)
     for index, layer in layers:
-        behind -= layer.kept
+        if weights:
+            yield _Instant(-behind, weights.entering(index, before), freed, began)
+        behind, before = behind - layer.kept, index
         own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
+        left = weights.left(index) if weights else 0.0
         if moe:
             yield _Instant(layer.attending - behind, weights.attending(index) if weights else 0.0, freed, began)
             for _ in range(exchanges.out):
@@ -78,8 +85,9 @@ def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, h
                 yield _Instant(layer.gathering - behind, weights.gathering_experts(index), freed, began)
         yield _Instant(layer.forward - behind, weights.forward(index) if weights else 0.0, freed, began)
         for _ in range(exchanges.back if moe else 0):
-            yield _Instant(layer.forward - behind, outer + own.dense, freed + own.experts, began, True)
+            yield _Instant(layer.forward - behind, outer + own.dense + left, freed + own.experts, began, True)
             began += 1
         freed += own.all
-    yield _Instant(head, outer, freed, began)
-    yield _Instant(0.0, outer, freed + outer, began)
+    left = weights.left(before) if weights else 0.0
+    yield _Instant(head, outer + left, freed, began)
+    yield _Instant(0.0, outer + left, freed + outer, began)

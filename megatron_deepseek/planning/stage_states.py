@@ -9,7 +9,6 @@ rank the buffer is the reduced gradient.
 Other engines have the same all the time: theirs are with what stands (state_bytes.py), and nothing is counted here.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.parallel.layout_string import Stage
@@ -98,83 +97,6 @@ def passing(job: Job, stage: int, phase: int) -> Passing:
 def states_of_phases(job: Job, stage: int) -> tuple[int, ...]:
     """Return the bytes of a stage in each phase, 0 in those that its job does not know."""
     return tuple(round(passing(job, stage, phase).all) if job.regathers or phase not in KEPT else 0 for phase in PHASES)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Bytes of the weights that are gathered unit by unit where they do not stay for the step: those in none of a
-    stage's layers, which are there through every act, and of each layer routed experts and all else.
-
-    `ahead`: the unit that comes next is gathered too, and while a unit is unpacked it is there twice; each for dense
-    units and for those of routed experts, if there are other data ranks. `from_host`: shards of routed experts come
-    from the host's memory, as masters, or as what layers compute with (`frozen`).
-    """
-
-    outer: float
-    layers: Mapping[int, Divided]
-    ahead: tuple[bool, bool]
-    from_host: bool = False
-    frozen: bool = False
-
-    def gathering_experts(self, index: int) -> float:
-        """Return what there is while routed experts are gathered. From the host come float32 masters, one weight after
-        the other. A single data rank then has the larger weight, two thirds of all, twice in the layers' dtype, and the
-        smaller one in float32 and in the layers' dtype; of frozen weights, which have no masters, all and the larger
-        one again.
-        """
-        alone = self.from_host and not self.ahead[1]
-        there = (5 / 3 if self.frozen else 7 / 3) if alone else 1 + self.ahead[1]
-        return self.outer + self.layers[index].dense + self.layers[index].experts * there
-
-    def at(self, index: int, after: int | None, experts_over: bool, ends: str) -> float:
-        """Return what is gathered in a moment of layer `index`'s backward, before that of layer `after`. A unit that
-        ends is free before its gradients are summed or reduced.
-        """
-        dense, experts = self.layers[index].dense, self.layers[index].experts
-        if ends == "layer":
-            return self.outer + self._next(after)
-        there = 0.0 if experts_over or ends == "experts" else experts
-        return self.outer + dense + there + self._next(after)
-
-    def _next(self, after: int | None) -> float:
-        return self.layers[after].dense if after is not None and self.ahead[0] else 0.0
-
-    def beginning(self, index: int) -> float:
-        """Return what is gathered when the backward of layer `index` has just gathered it."""
-        own = self.layers[index]
-        return self.outer + own.dense * (1 + self.ahead[0]) + own.experts * self.ahead[1]
-
-    @property
-    def all(self) -> float:
-        """Return all of them."""
-        return self.outer + sum(each.all for each in self.layers.values())
-
-    def attending(self, index: int) -> float:
-        """Return what is gathered in the forward of layer `index` before its routed experts are."""
-        return self.outer + self.layers[index].dense * (1 + self.ahead[0])
-
-    def forward(self, index: int) -> float:
-        """Return what is gathered while the forward of layer `index` runs, its routed experts having been gathered."""
-        own = self.layers[index]
-        return self.outer + own.all + (0.0 if own.experts else own.dense * self.ahead[0])
-
-
-def by_layer(job: Job, stage: int) -> Gathered | None:
-    """Return the weights of a stage that are gathered unit by unit, None where they stay for the step."""
-    if not job.freed_by_forwards:
-        return None
-    dense, experts = data_ranks(job)
-    layers = {index: gathered_weights(job, [part_of(job, index)], outside=False) for index in job.layers_of(stage)}
-    whole = gathered_weights(job, [job.stages[stage]])
-    host = job.settings.offload.optimizer_cpu_offload
-    return Gathered(whole.dense - sum(each.dense for each in layers.values()), layers, (dense > 1, experts > 1),
-                    host, job.settings.lora is not None)
-
-
-def part_of(job: Job, index: int) -> Stage:
-    """Return layer `index`, or the MTP module with this id, as a stage of its own."""
-    depth = index - job.model.num_hidden_layers
-    return Stage(False, (), (depth,), False) if depth >= 0 else Stage(False, (index,), (), False)
 
 
 def gathers_ahead(job: Job) -> bool:

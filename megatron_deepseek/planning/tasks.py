@@ -12,10 +12,8 @@ beside the training, or none trained and a cache for users.
 from dataclasses import dataclass, replace
 
 from megatron_deepseek.model.architecture.adapters import LoraSettings
-from megatron_deepseek.model.architecture.base_weights import NF4_BITS, BaseSettings, is_quantised
+from megatron_deepseek.model.architecture.base_weights import NF4_BITS, BaseSettings
 from megatron_deepseek.model.architecture.config import ModelConfig
-from megatron_deepseek.model.architecture.parameters import layer_rows
-from megatron_deepseek.model.architecture.placements import EP, ETP, TP
 from megatron_deepseek.planning.activations import layer, total
 from megatron_deepseek.planning.attention_activations import travelling_width
 from megatron_deepseek.planning.job import Job
@@ -65,7 +63,7 @@ def extra_bytes(job: Job, task: Task, pp_rank: int) -> dict[str, float]:
         layers = sum(len(job.stages[stage].layers) for stage in job.held(pp_rank)) / model.num_hidden_layers
         return {"cache": tokens * cache_bytes_of_token(model) * layers / (layout.dp * layout.cp)}
     if task.name != "grpo":
-        return plain_weights(job, pp_rank)
+        return {}
     held = held_parameters(model, layout, [job.stages[stage] for stage in job.held(pp_rank)])
     dense, experts = data_ranks(job)
     found = {"rollout engine: weights": 2 * model.main_parameters() / task.rollout_ranks,
@@ -85,17 +83,6 @@ def states_of_task(job: Job, task: Task, pp_rank: int, trained: StateParts) -> S
         weights = Divided(held.dense * task.weight_bytes, held.experts * task.weight_bytes)
         return StateParts(weights, Divided(), Divided(), Divided(), Divided())
     return trained
-
-
-def plain_weights(job: Job, pp_rank: int) -> dict[str, float]:
-    """Return the bytes of the largest weight that is kept in fewer bits, made plain for a product, and its name."""
-    settings = job.settings
-    if settings.base is None or settings.run.fp8_format is not None:
-        return {}
-    ranks = {TP: job.layout.tp, EP: job.layout.ep, ETP: job.layout.etp}
-    sizes = [row.size // row.placement.parts(ranks) for stage in job.held(pp_rank) for index in job.layers_of(stage)
-             for row in layer_rows(job.model, index) if is_quantised(row)]
-    return {"a weight made plain for a product": max(sizes, default=0) * job.numbers.element}
 
 
 def with_adapters(job: Job, task: Task) -> Job:

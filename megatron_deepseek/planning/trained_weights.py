@@ -6,14 +6,14 @@ dropped features is made again in the backward. The router's adapter computes in
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_deepseek.model.architecture.adapters import LoraSettings, is_adapted
 from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.freezing import is_frozen
 from megatron_deepseek.model.architecture.parameters import EMBEDDING, Parameter, layer_rows
-from megatron_deepseek.planning.layer_shapes import Kept
+from megatron_deepseek.planning.layer_shapes import LAYERNORM, UP_PROJECTION, Kept
 from megatron_deepseek.settings import Settings
 
 _ATTENTION, _MLP, _SHARED, _EXPERTS = "self_attn.", "mlp.", "mlp.shared_experts.", "mlp.experts."
@@ -35,6 +35,7 @@ INPUTS_OF = {
 _OF_ROUTERS = ("router's scores", "chosen experts", "routing weights before they are normalised", "sums of scores",
                "which tokens are routed", "balance factors")
 _OUTPUT = f"{_ATTENTION}o_proj."
+_PROJECTED = ("gathered latents", "normed query latent", "normed key-value latent")  # heads are made again of these
 _BEFORE_MLP = "input of the MLP's norm"
 
 
@@ -138,6 +139,12 @@ def _kept(trained: Trained, kept: tuple[Kept, ...], wide: float) -> Iterator[Kep
             stays = needed.get(name, needed["attention" if attention else "experts and MLP"])
         if stays:
             yield each
+        elif name in _PROJECTED and trained.attends and each.for_again is None and (
+                name == _PROJECTED[0] or _PROJECTED[0] not in names):
+            yield replace(each, for_again=UP_PROJECTION)
+        elif name == _BEFORE_MLP and trained.any_of(_MLP) or name == "input of the layer" and (
+                trained.gradients_of(*ENTRY)):  # the norm's output is made again of it
+            yield replace(each, for_again=LAYERNORM)
         if name == "router's scores" and trained.adapts(ROUTER):
             yield Kept("router's input in float32", wide)
 

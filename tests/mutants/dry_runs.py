@@ -25,6 +25,7 @@ EXCHANGES = (f"{UNIT}test_exchanges.py",)
 REPLAY = ("tests/unit/planning/test_replay.py",)
 REDUCTIONS = ("tests/unit/planning/test_backward_bytes.py",)
 TRAINED = ("tests/unit/planning/test_trained_weights.py",)
+DRAWN = (f"{UNIT}test_plans_of_drawn_layouts.py",)
 
 DRY_RUNS = of(
     TRAINED,
@@ -39,7 +40,7 @@ DRY_RUNS = of(
 ) + of(
     COVERED,
     ("stage_bytes._first_forward", "    if gathers_ahead(job):\n", "    if False:\n"),
-    ("stage_bytes._first_forward", "found.append(twice.experts + layer.gathering", "found.append(layer.gathering"),
+    ("stage_bytes._first_forward", "units.unpacking_experts(index, again=False) + layer", "layer"),
     ("head_backward", "    if not trained:\n", "    if False:\n"),
     ("layer_moments", "(again.most, turns.back)", "(0.0, turns.back)"),
     ("attention_forward._in_blocks", "(queries + 3 * sums)", "queries"),
@@ -49,6 +50,19 @@ DRY_RUNS = of(
     ("forwards", "weights.all - each.freed", "weights.all"),
     ("unsaved_bytes", "if each.name not in _RETURNED", "if True"),
     ("_bytes_of_adapters", "kept.router if row.name.endswith(ROUTER) else ", ""),
+) + of(
+    DRAWN,
+    ("backward_bytes._added_to_embedding", "return 2 *", "return 0 *"),
+    ("Gathered.unpacking_experts", "(1 + again) *", "1 *"),
+    ("Gathered.at", "(self.sent[index].experts if moment.reruns else 0.0)", "0.0"),
+    ("Gathered.left", "return self.outer_sent", "return 0.0"),
+    ("seen_by_adapters", "each.bytes * wider * readers", "each.bytes"),
+    ("Numbers.made_plain", "self.element * parameters if self.making else 0.0", "0.0"),
+    ("head._gradient_of_logits", "2 * shapes.whole", "0 * shapes.whole"),
+    ("backward_bytes._coming", "weights.sent[upwards[0]].dense", "0.0"),
+    ("activations.router", "and shapes.sequences > 1", ""),
+    ("stage_bytes.beside_layers", " and not passed_on", ""),
+    ("trained_weights._kept", "if name in _PROJECTED and trained.attends", "if False"),
 ) + of(
     FORWARDS,
     ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),
@@ -155,7 +169,7 @@ DRY_RUNS = of(
     ("Job.exchanges", "int(layout.ep > nodes)", "1"),
     ("Job.exchanges", "1 + self.numbers.fp8", "1"),
     ("backward_tape._experts", "tape.exchange(shapes.traffic.exchanges.home)", "pass"),
-    ("layer_moments", "tape.exchange(number * model", "tape.exchange(0 * model"),
+    ("layer_moments", "held, number * model", "held, 0 * model"),
 ) + of(
     REPLAY,
     ("taking_turns", "left[me] = piece.left, piece.weights_left", "left[me] = piece.most, piece.weights"),
