@@ -5,6 +5,7 @@ from collections.abc import Callable
 from megatron_deepseek.arguments.grpo import CONSTANT, NO_CORRECTION, NO_KL, PENALTY
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import Rule
+from megatron_deepseek.model.architecture.freezing import trains_mtp_only
 from megatron_deepseek.rewards.spec import parse_rewards
 
 
@@ -50,6 +51,10 @@ GRPO = (
     _rule("the updates of a rollout do not have its samples", _uneven,
           "--grpo-prompts-per-step {r.args.grpo_prompts_per_step} x --grpo-group-size {r.args.grpo_group_size} = "
           "{r.rollout_samples} samples are not a multiple of --global-batch-size {r.batch.global_batch_size}"),
+    _rule("rewards train no MTP modules, the only ones that are not frozen",
+          lambda r: bool(r.frozen) and trains_mtp_only(r.model, r.frozen),
+          "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train: reinforcement learning leaves "
+          "MTP modules as they are"),
     _rule("samples of a rollout are no ramp", lambda r: r.args.rampup_batch_size is not None,
           "--rampup-batch-size {r.args.rampup_batch_size} conflicts with rollouts, which all have {r.rollout_samples} "
           "samples"),

@@ -7,6 +7,7 @@ from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.request import Request
 from megatron_deepseek.arguments.rule import Rule
 from megatron_deepseek.fine_tuning_settings import PreferenceSettings
+from megatron_deepseek.model.architecture.freezing import trains_mtp_only
 
 SFT, REWARD = "sft", "reward"
 OBJECTIVES = (SFT, "dpo", "ipo", "hinge", "kto", "orpo", "simpo", REWARD)
@@ -86,6 +87,10 @@ PREFERENCE = (
          "--init-mtp and --mtp-num-layers conflict with --objective reward: a reward model predicts no tokens"),
     Rule("a reward model predicts no tokens", lambda r: r.model.reward_head and not is_reward(r.args),
          "--model is a reward model, with a score in place of an output head: only --objective reward trains it"),
+    Rule("preferences train no MTP modules, the only ones that are not frozen",
+         lambda r: _prefers(r) and bool(r.frozen) and trains_mtp_only(r.model, r.frozen),
+         "--freeze-parameters {r.args.freeze_parameters} leaves no parameter to train: --objective {r.args.objective} "
+         "leaves MTP modules as they are"),
     Rule("preferences are of whole answers", lambda r: _prefers(r) and r.args.split_turns != "none",
          "--split-turns {r.args.split_turns} is for --objective sft"),
 )

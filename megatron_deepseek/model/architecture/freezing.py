@@ -5,6 +5,7 @@ A pattern is a wildcard over names: Hugging Face's, with experts stacked.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -40,6 +41,12 @@ def matches_nothing(config: ModelConfig, patterns: Sequence[str]) -> str | None:
 def trains_nothing(config: ModelConfig, patterns: Sequence[str]) -> bool:
     """Return whether `patterns` freeze every parameter."""
     return all(is_frozen(name, patterns) for name in parameter_shapes(config))
+
+
+def trains_mtp_only(config: ModelConfig, patterns: Sequence[str]) -> bool:
+    """Return whether all that `patterns` leave to train is in MTP modules, which not every objective trains."""
+    rest = replace(config, num_nextn_predict_layers=0)
+    return trains_nothing(rest, patterns) and not trains_nothing(config, patterns)
 
 
 def describe_frozen(config: ModelConfig, patterns: Sequence[str]) -> str:

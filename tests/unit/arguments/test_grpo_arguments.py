@@ -17,6 +17,9 @@ REFUSED = {
     "a group needs two answers": ("--grpo-group-size 1", "--grpo-group-size 1 must be at least 2"),
     "the updates of a rollout do not have its samples": (
         "--global-batch-size 24", "32 x --grpo-group-size 8 = 256 samples are not a multiple of --global-batch-size"),
+    "rewards train no MTP modules, the only ones that are not frozen": (
+        "--freeze-parameters model.embed_tokens.weight model.layers.[0-3].* model.norm.weight lm_head.weight",
+        "leaves no parameter to train: reinforcement learning"),
     "samples of a rollout are no ramp": (
         "--rampup-batch-size 64 64 1024 --global-batch-size 256", "--rampup-batch-size [64, 64, 1024] conflicts"),
     "a completion does not fit into a row": ("--max-completion-length 256", "--seq-length 256"),

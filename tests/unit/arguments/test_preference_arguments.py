@@ -13,6 +13,7 @@ from megatron_deepseek.model.architecture.config import ModelConfig
 from megatron_deepseek.model.architecture.parameters import HEAD, SCORE, parameters
 
 BASE = "--model tiny --dataset pairs.jsonl --seq-length 256"
+ALL_BUT_MTP = "--freeze-parameters model.embed_tokens.weight model.layers.[0-3].* model.norm.weight lm_head.weight"
 REFUSED = {
     "--beta is for other objectives": ("--beta 0.1", "--beta 0.1 is for --objective dpo or ipo"),
     "--label-smoothing is for other objectives": ("--objective ipo --label-smoothing 0.1", "dpo or simpo, not ipo"),
@@ -25,6 +26,8 @@ REFUSED = {
     "half of all labels are wrong": ("--objective dpo --label-smoothing 0.5", "0.5 must be less than 0.5"),
     "a pair does not fit into a row": ("--objective dpo --max-length 130", "--max-length 130 does not fit twice"),
     "preferences are means over pairs": ("--objective dpo --loss-average sample", "sample is for --objective sft"),
+    "preferences train no MTP modules, the only ones that are not frozen": (
+        f"--objective dpo {ALL_BUT_MTP}", "leaves no parameter to train: --objective dpo leaves MTP modules"),
     "preferences are of whole answers": ("--objective dpo --split-turns reasoning", "is for --objective sft"),
     "a reward model has a whole head to train": ("--objective reward --lora-rank 4 --load x", "would stay random"),
     "a reward model writes no answers": ("--objective reward --generate-every 2 --eval-dataset x", "gives scores"),
