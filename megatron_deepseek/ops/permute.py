@@ -9,6 +9,7 @@ Shapes: T tokens, K copies of each (top-k), R = T*K rows, H hidden, W bytes of a
 import torch
 import torch.nn.functional as F
 
+from megatron_deepseek.device import on_accelerator
 from megatron_deepseek.ops.backends.registry import with_backends
 from megatron_deepseek.ops.products import multiply_each
 
@@ -31,7 +32,7 @@ def sum_rows(x_RH: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tenso
         return x_RH.new_zeros(len(place_TK), x_RH.shape[1])
     weights_TK = torch.ones_like(place_TK, dtype=x_RH.dtype) if weights_TK is None else weights_TK.to(x_RH.dtype)
     weights_TK, place_TK = weights_TK.where(place_TK < num_rows, 0), place_TK.clamp(max=num_rows - 1)
-    if x_RH.device.type == "cpu" and x_RH.dtype == torch.bfloat16:
+    if x_RH.device.type == "cpu" and not on_accelerator(x_RH) and x_RH.dtype == torch.bfloat16:
         x_TKH = x_RH.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
         return multiply_each(weights_TK.unsqueeze(1), x_TKH).squeeze(1)
     return F.embedding_bag(place_TK, x_RH, mode="sum", per_sample_weights=weights_TK)

@@ -63,6 +63,7 @@ DRY_RUNS = of(
     ("activations.router", "and shapes.sequences > 1", ""),
     ("stage_bytes.beside_layers", " and not passed_on", ""),
     ("trained_weights._kept", "if name in _PROJECTED and trained.attends", "if False"),
+    ("permute.sum_rows", "not on_accelerator(x_RH)", "True"),
 ) + of(
     FORWARDS,
     ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),

@@ -53,6 +53,9 @@ QUICK = {
         f"{LITE} {LORA} --tensor-model-parallel-size 2 --micro-batch-size 3 --seq-length 4096 "
         "--pipeline-model-parallel-size 2 --pipeline-schedule GPipe --global-batch-size 24 "
         "--recompute-granularity selective --lora-target router")),
+    "sums of rows that no copy is made of": (8, 0, (
+        f"{LITE} {LORA} --expert-model-parallel-size 8 --seq-length 4096 --global-batch-size 16 "
+        "--moe-token-dispatcher-type allgather --pipeline-model-parallel-size 1 --lora-target attention")),
 }
 
 
