@@ -12,6 +12,7 @@ from megatron_deepseek.planning.attention_tape import grouped_query_backward, la
 from megatron_deepseek.planning.byte_tape import Backward, Tape
 from megatron_deepseek.planning.forward_bytes import Forward
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
+from megatron_deepseek.planning.numbers import TILE
 from megatron_deepseek.planning.trained_weights import ALL, Trained
 
 
@@ -81,9 +82,10 @@ def _norm(tape: Tape, stream: float, source: str) -> None:
 
 
 def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: float, experts: bool = False,
-          received: bool = False, as_tiles: bool = False) -> None:
+          received: bool = False, as_tiles: bool = False, uneven: bool = False) -> None:
     """Go back through the product behind SwiGLU, and SwiGLU, to the gradients of gate and up. FP8 makes those as tiles,
-    and SwiGLU's output again. `as_tiles`: the gradient is there in 1x128 tiles alone.
+    and SwiGLU's output again. `as_tiles`: the gradient is there in 1x128 tiles alone. `uneven`: no tile ends between
+    gate and up, whose gradients are then made as numbers first (ops/backends/cuda/quantize.py).
     """
     source, tiles, of_gradient = f"{name}: gate and up", tape.tiles(hidden), tape.tiles(gradient)
     if not tiles:
@@ -95,8 +97,12 @@ def _down(tape: Tape, name: str, gradient: float, hidden: float, parameters: flo
         return
     tape.use(source)
     frozen = tape.is_frozen(f"{name}: hidden")
-    for made in ((2 - as_tiles - frozen) * of_gradient, hidden, 4 * tiles, 0.0 if frozen else tiles):
-        tape.make(made)
+    tape.make((2 - as_tiles - frozen) * of_gradient)
+    tape.make(hidden)
+    tape.make(4 * hidden * uneven)  # gate and up as numbers, and their gradients
+    tape.make(4 * tiles)
+    tape.drop(4 * hidden * uneven)
+    tape.make(0.0 if frozen else tiles)
     if frozen:
         tape.drop(of_gradient)
     else:
@@ -111,7 +117,7 @@ def _mlp(tape: Tape, shapes: LayerShapes, width: int, stream: float) -> None:
     gathered, hidden = numbers.plain(shapes.whole, h), numbers.plain(shapes.whole, width)
     if shapes.gathers:
         tape.make(gathered)  # the gradient of what TP has reduced and scattered
-    _down(tape, "MLP", gathered, hidden, h * width, received=not shapes.gathers)
+    _down(tape, "MLP", gathered, hidden, h * width, received=not shapes.gathers, uneven=width % TILE > 0)
     tape.products_of_swiglu("MLP's input", 2, hidden, gathered, h * width)
     tape.make(gathered)
     tape.drop(gathered, gathered)

@@ -143,7 +143,7 @@ def _kept(trained: Trained, kept: tuple[Kept, ...], wide: float) -> Iterator[Kep
                 name == _PROJECTED[0] or _PROJECTED[0] not in names):
             yield replace(each, for_again=UP_PROJECTION)
         elif name == _BEFORE_MLP and trained.any_of(_MLP) or name == "input of the layer" and (
-                trained.gradients_of(*ENTRY)):  # the norm's output is made again of it
+                trained.any_of(_ATTENTION)):  # the norm's output is made again of it
             yield replace(each, for_again=LAYERNORM)
         if name == "router's scores" and trained.adapts(ROUTER):
             yield Kept("router's input in float32", wide)

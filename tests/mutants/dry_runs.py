@@ -63,6 +63,8 @@ DRY_RUNS = of(
     ("activations.router", "and shapes.sequences > 1", ""),
     ("stage_bytes.beside_layers", " and not passed_on", ""),
     ("trained_weights._kept", "if name in _PROJECTED and trained.attends", "if False"),
+    ("trained_weights._kept", "trained.any_of(_ATTENTION)", "False"),
+    ("backward_tape._mlp", "uneven=width % TILE > 0", "uneven=False"),
     ("permute.sum_rows", "not on_accelerator(x_RH)", "True"),
 ) + of(
     FORWARDS,

@@ -53,6 +53,10 @@ QUICK = {
         f"{LITE} {LORA} --tensor-model-parallel-size 2 --micro-batch-size 3 --seq-length 4096 "
         "--pipeline-model-parallel-size 2 --pipeline-schedule GPipe --global-batch-size 24 "
         "--recompute-granularity selective --lora-target router")),
+    "gradients of gate and up that no tile divides, and a norm that is made again for attention's adapter": (8, 0, (
+        f"{LITE} --bf16 --lora-rank 64 --fp8-format e4m3 --expert-model-parallel-size 2 --seq-length 8192 "
+        "--pipeline-model-parallel-size 4 --global-batch-size 34 --decoder-first-pipeline-num-layers 1 "
+        "--recompute-granularity selective --recompute-modules layernorm --lora-target kv_b_proj")),
     "sums of rows that no copy is made of": (8, 0, (
         f"{LITE} {LORA} --expert-model-parallel-size 8 --seq-length 4096 --global-batch-size 16 "
         "--moe-token-dispatcher-type allgather --pipeline-model-parallel-size 1 --lora-target attention")),
