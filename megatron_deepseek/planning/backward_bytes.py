@@ -198,7 +198,7 @@ def split_backwards(job: Job, stage: int, layers: Layers) -> dict[Turn, Sequence
 
     @cache
     def made(first: bool, last: bool) -> float:
-        return _made(job, stage, first, last)
+        return _made(job, stage, first, last, _added_to_head(job, layers))
 
     for before in (GATHERED, BEGUN, SUMMED, *(KEPT if weights else ())):
         first, gathers = before == GATHERED, weights is not None and before in FREED_BY_FORWARDS
@@ -260,15 +260,28 @@ def _added_to_embedding(job: Job, stage: int) -> int:
     return 2 * trained(job, Stage(True, (), (), False)).dense if uses_of_embedding(job, stage) > 1 else 0
 
 
-def _made(job: Job, stage: int, first: bool, last: bool) -> float:
-    """Return the most bytes of weight gradients while W makes those of a whole stage: in the layers' dtype, in the
-    first W then as sums, one after the other, and behind the last W beside the buffer that is reduced.
+def _added_to_head(job: Job, layers: Layers) -> float:
+    """Return the bytes beside all weight gradients when W, which comes to the head last, has made the second of several
+    predictions' of the head's weight, to be added to the first: it, and what it and those that are left wait with.
+    """
+    predictions = 1 + job.model.num_nextn_predict_layers
+    if predictions == 1 or not layers.waits or layers.head:
+        return 0.0
+    head = sizes(job).gradient * trained(job, Stage(False, (), (), True)).dense
+    return head + layers.waits * (predictions - 1) / predictions
+
+
+def _made(job: Job, stage: int, first: bool, last: bool, added: float) -> float:
+    """Return the most bytes of weight gradients while W makes those of a whole stage: in the layers' dtype, `added`
+    beside them, in the first W then as sums, one after the other, and behind the last W beside the buffer that is
+    reduced.
     """
     size, units = sizes(job), units_of_stage(job, stage)
     number = sum(unit.count for unit in units) - made_with_inputs(job, stage).count
-    most, summed = size.gradient * number, size.sum * number if first else 0
+    most, summed = size.gradient * number + added, size.sum * number if first else 0
     if first:
-        most = max(most, summed + (size.gradient * units[-1].count / 3 if size.gradient < size.sum else 0))
+        converted = units[-1].count / 3 if len(units) > 1 else largest_outside(job, stage)
+        most = max(most, summed + (size.gradient * converted if size.gradient < size.sum else 0))
     if last:
         most = max(most, summed + _reducing(size, units))
     return most

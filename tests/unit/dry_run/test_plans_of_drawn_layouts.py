@@ -60,6 +60,10 @@ QUICK = {
     "sums of rows that no copy is made of": (8, 0, (
         f"{LITE} {LORA} --expert-model-parallel-size 8 --seq-length 4096 --global-batch-size 16 "
         "--moe-token-dispatcher-type allgather --pipeline-model-parallel-size 1 --lora-target attention")),
+    "a head's gradients that wait for W, of several predictions": (16, 0, (
+        f"{LITE} --num-layers 5 --moe-layer-freq ([0]*1+[1]*4) --mtp-num-layers 2 --bf16 --context-parallel-size 4 "
+        "--cp-comm-type allgather --seq-length 2048 --pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV "
+        f"--expert-model-parallel-size 4 --global-batch-size 16 --recompute-granularity full {BY_LAYER}")),
 }
 
 
