@@ -23,6 +23,7 @@ class Gathered:
     and all else. `sent`: what all data ranks send of a layer's units; `made`: of the FP8 recipe's largest weight in
     them, what it takes to make its tiles the first time. `ahead`: dense units, and those of routed experts, have other
     data ranks. `from_host`: shards come from the host's memory, as masters, or as what layers compute with (`frozen`).
+    `routers`: these are units of their own, whose ends in a backward are known.
     """
 
     outer: float
@@ -32,6 +33,7 @@ class Gathered:
     ahead: tuple[bool, bool]
     from_host: bool = False
     frozen: bool = False
+    routers: bool = False
 
     @property
     def outer_sent(self) -> float:
@@ -67,11 +69,20 @@ class Gathered:
         ends is free before its gradients are summed or reduced.
         """
         dense, experts = self.layers[index].dense, self.layers[index].experts
-        coming = self.sent[after].dense if after is not None else 0.0
+        coming = self.sent[after].dense if after is not None and self._comes(index, moment) else 0.0
         if moment.ends == "layer":
             return self.outer + coming
         there = 0.0 if experts_over or moment.ends == "experts" else experts
         return self.outer + dense + there + coming + (self.sent[index].experts if moment.reruns else 0.0)
+
+    def _comes(self, index: int, moment: Backward) -> bool:
+        """Return whether the next layer's dense unit is on its way in a moment of layer `index`'s backward: torch begins
+        to gather it with the unit that was over first in the forward. That is the router's, if it is one; but where
+        weight gradients are made apart moments do not say when.
+        """
+        if not self.layers[index].experts:
+            return True
+        return bool(moment.ended) if self.routers else not moment.reruns
 
     def beginning(self, index: int) -> float:
         """Return what is gathered when the backward of layer `index` has just gathered it."""
@@ -128,7 +139,8 @@ def gathered_units(job: Job, stage: int) -> Gathered:
         {index: Divided(each.dense * (dense > 1), each.experts * (experts > 1) * sent)
          for index, each in layers.items()},
         {index: Divided(size * each.dense, size * each.experts * tiles) for index, each in largest.items()},
-        (dense > 1, experts > 1), job.settings.offload.optimizer_cpu_offload, job.settings.lora is not None)
+        (dense > 1, experts > 1), job.settings.offload.optimizer_cpu_offload, job.settings.lora is not None,
+        job.numbers.element < job.numbers.wide and not job.splits_backwards)
 
 
 def _experts_as_codes(job: Job) -> bool:

@@ -43,10 +43,21 @@ def forwards(job: Job, stage: int, layers: Sequence[tuple[int, LayerBytes]], bes
     come = passing(job, stage, GATHERED).all - passing(job, stage, BEFORE).all
     found = {Turn("F", before, after): _pieces(course, job, before, come if before == BEFORE else 0.0)
              for before, after in turns}
+    if weights and not job.splits_backwards:
+        behind = list(_course(job, layers, beside, head, weights, _left_by_backwards(weights)))
+        found[Turn("F", SUMMED, SUMMED)] = _pieces(behind, job, SUMMED, 0.0)
     if weights and gathers_ahead(job):  # all of them before the first forward, which frees them layer by layer
         whole = [each._replace(gathered=weights.all - each.freed) for each in course]
         found[Turn("F", BEFORE, GATHERED)] = _pieces(whole, job, BEFORE, come)
     return found
+
+
+def _left_by_backwards(weights: Gathered) -> float:
+    """Return the bytes that a backward has left of what it has gathered: behind its last unit torch gathers the one
+    that was over before it in all forwards so far, the last one of the forward before, which is the stage's own if it
+    has weights outside of layers, and else its last layer's. The next forward uses it.
+    """
+    return weights.sent[max(weights.sent)].dense if weights.sent and not weights.outer else 0.0
 
 
 def _pieces(course: Sequence[_Instant], job: Job, before: int, grown: float) -> list[Piece]:
@@ -62,28 +73,29 @@ def _pieces(course: Sequence[_Instant], job: Job, before: int, grown: float) -> 
     return [piece.rounded for piece in found]
 
 
-def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, head: float, weights: Gathered | None
-            ) -> Iterator[_Instant]:
-    """Yield the moments of a forward."""
+def _course(job: Job, layers: Sequence[tuple[int, LayerBytes]], beside: float, head: float, weights: Gathered | None,
+            ahead: float = 0.0) -> Iterator[_Instant]:
+    """Yield the moments of a forward. `ahead`: bytes of the last layer's weights that are there before it."""
     exchanges, began, freed = job.exchanges, 0, 0.0
     behind, outer = beside + sum(each.kept for _, each in layers), weights.outer if weights else 0.0
     before = None
     if weights:
         yield _Instant(-behind, outer + weights.outer_sent)
     for index, layer in layers:
+        early = ahead if index != layers[-1][0] else 0.0
         if weights:
-            yield _Instant(-behind, weights.entering(index, before), freed, began)
+            yield _Instant(-behind, early + weights.entering(index, before), freed, began)
         behind, before = behind - layer.kept, index
         own, moe = weights.layers[index] if weights else Divided(), job.model.is_moe_layer(index)
         left = weights.left(index) if weights else 0.0
         if moe:
-            yield _Instant(layer.attending - behind, weights.attending(index) if weights else 0.0, freed, began)
+            yield _Instant(layer.attending - behind, early + weights.attending(index) if weights else 0.0, freed, began)
             for _ in range(exchanges.out):
                 yield _Instant(layer.gathering - behind, outer + own.dense, freed, began, True)
                 began += 1
             if weights:
-                yield _Instant(layer.gathering - behind, weights.gathering_experts(index), freed, began)
-        yield _Instant(layer.forward - behind, weights.forward(index) if weights else 0.0, freed, began)
+                yield _Instant(layer.gathering - behind, early + weights.gathering_experts(index), freed, began)
+        yield _Instant(layer.forward - behind, early + weights.forward(index) if weights else 0.0, freed, began)
         for _ in range(exchanges.back if moe else 0):
             yield _Instant(layer.forward - behind, outer + own.dense + left, freed + own.experts, began, True)
             began += 1

@@ -64,6 +64,11 @@ QUICK = {
         f"{LITE} --num-layers 5 --moe-layer-freq ([0]*1+[1]*4) --mtp-num-layers 2 --bf16 --context-parallel-size 4 "
         "--cp-comm-type allgather --seq-length 2048 --pipeline-model-parallel-size 2 --pipeline-schedule DualPipeV "
         f"--expert-model-parallel-size 4 --global-batch-size 16 --recompute-granularity full {BY_LAYER}")),
+    "weights of the next layer, which come when experts have run again": (512, 6, (
+        "--model deepseek-v2 --num-layers 9 --moe-layer-freq ([0]*1+[1]*8) --mtp-num-layers 0 --bf16 "
+        "--pipeline-model-parallel-size 8 --tensor-model-parallel-size 2 --sequence-parallel --seq-length 1024 "
+        "--expert-model-parallel-size 32 --global-batch-size 1024 --moe-router-topk 1 "
+        f"--recompute-granularity full --exp-avg-sq-dtype bf16 {BY_LAYER}")),
 }
 
 
