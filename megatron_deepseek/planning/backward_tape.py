@@ -30,6 +30,7 @@ def layer_moments(shapes: LayerShapes, index: int, whole: tuple[Kept, ...], ther
     tape.make(stream)  # the gradient of the layer's output
     if again is not None:
         held, turns = sum(each.bytes for each in there), shapes.traffic.exchanges
+        tape.attend_again(again.attending - held)
         for made, number in ((again.gathering, turns.out), (again.most, turns.back)):
             tape.rerun(made - held, number * model.is_moe_layer(index))
         tape.use(*(each.name for each in whole))
@@ -61,7 +62,8 @@ def _peaks(moments: list[Backward]) -> tuple[Backward, ...]:
     """Return the moments that can be the highest: of those with the same weight gradients the one with most bytes."""
     best: dict[tuple, Backward] = {}
     for each in moments:
-        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns
+        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns, \
+            each.attends
         if key not in best or each.bytes > best[key].bytes:
             best[key] = each
     return tuple(best.values())

@@ -28,7 +28,8 @@ class Backward:
     again, without weight gradients, of which those of `dense` and `experts` parameters exist. `given`: the gradient of
     the layer's output is still there, and counted. `ends`: a unit of FSDP whose gradients are summed or reduced then,
     "experts", "router" or "layer"; `ended`: the one of these that has ended last. `piece`: how many exchanges have
-    begun before; `waits`: the next one begins now. `reruns`: the layer's forward is made again.
+    begun before; `waits`: the next one begins now. `reruns`: the layer's forward is made again; `attends`: it is in its
+    attention.
     """
 
     bytes: float
@@ -40,6 +41,7 @@ class Backward:
     piece: int = 0
     waits: bool = False
     reruns: bool = False
+    attends: bool = False
 
 
 class Tape:
@@ -56,7 +58,7 @@ class Tape:
         self._there = {each.name for each in there}
         self._deferred, self._numbers, self._trained, self._groups = deferred, numbers, trained, groups
         self._now, self._dense, self._experts, self._given, self._ended = 0.0, 0.0, 0.0, True, ""
-        self._piece, self._reruns = 0, False
+        self._piece, self._reruns, self._attends = 0, False, False
         self.moments: list[Backward] = []
 
     def make(self, size: float) -> None:
@@ -71,6 +73,12 @@ class Tape:
         self.exchange(exchanges)
         self.drop(size)
         self._reruns = False
+
+    def attend_again(self, size: float) -> None:
+        """Allocate so many bytes while attention of the layer's forward is made again."""
+        self._attends = True
+        self.rerun(size, 0)
+        self._attends = False
 
     def drop(self, *sizes: float) -> None:
         """Free what was made."""
@@ -232,7 +240,7 @@ class Tape:
 
     def _note(self, waits: bool = False) -> None:
         self.moments.append(Backward(self._now, self._dense, self._experts, self._given, "", self._ended, self._piece,
-                                     waits, self._reruns))
+                                     waits, self._reruns, self._attends))
 
 
 def _readers(source: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ are sorted by expert, and come back the same way. What was sent, gathered or rec
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
@@ -24,10 +25,13 @@ _SECOND_HALF = "input of the MLP's norm"
 
 @dataclass(frozen=True)
 class Forward:
-    """Bytes that a layer has made, what it keeps among them: when its routed experts are gathered, and at the most."""
+    """Bytes that a layer has made, what it keeps among them: when its routed experts are gathered, at the most, and in
+    its attention.
+    """
 
     gathering: float
     most: float
+    attending: float = 0.0
 
 
 def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept], trained: Trained = ALL) -> Forward:
@@ -54,12 +58,16 @@ def forward_bytes(shapes: LayerShapes, kept: Iterable[Kept], trained: Trained = 
 
 def unsaved_bytes(shapes: LayerShapes, whole: Sequence[Kept], trained: Trained = ALL) -> Forward:
     """Return what a layer with routed experts has made where what is saved goes at once: it runs again as a whole, or
-    the host keeps it. Attention is over when rows are sent.
+    the host keeps it. Attention, which `attended_bytes` counts, is over when rows are sent.
     """
     at = next(number for number, each in enumerate(whole) if each.name == _SECOND_HALF)
-    attention, entered = whole[:at], [each for each in whole[:at] if each.name == "input of the layer"]
-    found = forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _RETURNED)], trained)
-    return Forward(found.gathering, max(found.most, sum(each.bytes for each in attention)))
+    entered = [each for each in whole[:at] if each.name == "input of the layer"]
+    return forward_bytes(shapes, [*entered, *(each for each in whole[at:] if each.name not in _RETURNED)], trained)
+
+
+def attended_bytes(whole: Iterable[Kept]) -> float:
+    """Return what a layer has made when its attention is over."""
+    return sum(each.bytes for each in takewhile(lambda each: each.name != _SECOND_HALF, whole))
 
 
 class _Run(NamedTuple):

@@ -72,7 +72,7 @@ class Gathered:
         coming = self.sent[after].dense if after is not None and self._comes(index, moment) else 0.0
         if moment.ends == "layer":
             return self.outer + coming
-        there = 0.0 if experts_over or moment.ends == "experts" else experts
+        there = 0.0 if experts_over or moment.attends or moment.ends == "experts" else experts
         return self.outer + dense + there + coming + (self.sent[index].experts if moment.reruns else 0.0)
 
     def _comes(self, index: int, moment: Backward) -> bool:

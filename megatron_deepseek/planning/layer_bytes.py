@@ -13,7 +13,7 @@ from megatron_deepseek.planning.adapter_inputs import seen_by_adapters
 from megatron_deepseek.planning.attention_forward import attention_forward
 from megatron_deepseek.planning.backward_tape import layer_moments
 from megatron_deepseek.planning.byte_tape import Backward
-from megatron_deepseek.planning.forward_bytes import Forward, forward_bytes, unsaved_bytes
+from megatron_deepseek.planning.forward_bytes import Forward, attended_bytes, forward_bytes, unsaved_bytes
 from megatron_deepseek.planning.layer_shapes import Kept, LayerShapes
 from megatron_deepseek.planning.trained_weights import ALL, Trained, kept_where
 from megatron_deepseek.planning.waiting_bytes import inner_bytes, waiting_bytes
@@ -108,13 +108,15 @@ def _of_kind(shapes: LayerShapes, index: int, mode: LayerMode, deferred: bool, t
     moe = shapes.model.is_moe_layer(index)
     again = None if not mode.full else forward_bytes(shapes, whole, trained) if moe else Forward(0.0, _sum(whole))
     if again:
-        again = replace(again, most=max(again.most, attention_forward(shapes, index, whole, trained)))
+        again = replace(again, attending=attention_forward(shapes, index, whole, trained))
     moments = layer_moments(shapes, index, made, stays if mode.offloaded else held, deferred, again, trained)
     read = _sum(each for each in held if each.name in _READ_BEFORE_EXPERTS) if not mode.offloaded else 0.0
     sent = _stream(shapes) + (again.gathering - here if again else _sent_back(shapes) - read) if moe else 0.0
     host = kept - here + _offloaded_too(shapes, depth, mode) if mode.offloaded else 0.0
     unsaved = mode.full or mode.offloaded
     attending = attention_forward(shapes, index, all_kept if unsaved else held, trained) - here
+    if unsaved and moe:
+        attending = max(attending, attended_bytes(all_kept) - here)
     if moe:
         first = unsaved_bytes(shapes, all_kept, trained) if unsaved else forward_bytes(shapes, held, trained)
         forward, gathering = max(0.0, first.most - here), first.gathering - here
