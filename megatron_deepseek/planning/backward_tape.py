@@ -62,8 +62,8 @@ def _peaks(moments: list[Backward]) -> tuple[Backward, ...]:
     """Return the moments that can be the highest: of those with the same weight gradients the one with most bytes."""
     best: dict[tuple, Backward] = {}
     for each in moments:
-        key = each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns, \
-            each.attends
+        key = (each.dense, each.experts, each.given, each.ends, each.ended, each.piece, each.waits, each.reruns,
+               each.attends)
         if key not in best or each.bytes > best[key].bytes:
             best[key] = each
     return tuple(best.values())

@@ -76,9 +76,9 @@ class Gathered:
         return self.outer + dense + there + coming + (self.sent[index].experts if moment.reruns else 0.0)
 
     def _comes(self, index: int, moment: Backward) -> bool:
-        """Return whether the next layer's dense unit is on its way in a moment of layer `index`'s backward: torch begins
-        to gather it with the unit that was over first in the forward. That is the router's, if it is one; but where
-        weight gradients are made apart moments do not say when.
+        """Return whether the next layer's dense unit is on its way in a moment of layer `index`'s backward: torch
+        begins to gather it with the unit that was over first in the forward. That is the router's, if it is one; but
+        where weight gradients are made apart moments do not say when.
         """
         if not self.layers[index].experts:
             return True

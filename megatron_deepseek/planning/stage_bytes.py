@@ -97,6 +97,7 @@ def _first_forward(job: Job, stage: int, layers: Sequence[LayerBytes], kept: flo
         own = units.layers[index]
         missing -= own.dense
         found.append(left + units.sent[index].dense + units.made[index].dense - behind - missing)
+        found.append(units.sent[index].dense + layer.attending - (behind - layer.kept) - missing)
         left, behind, missing = units.left(index), behind - layer.kept, missing - own.experts
         found.append(units.unpacking_experts(index, again=False) + layer.gathering - behind - missing)
         found.append(left + layer.forward - behind - missing)

@@ -66,9 +66,11 @@ DRY_RUNS = of(
     ("trained_weights._kept", "trained.any_of(_ATTENTION)", "False"),
     ("backward_tape._mlp", "uneven=width % TILE > 0", "uneven=False"),
     ("permute.sum_rows", "not on_accelerator(x_RH)", "True"),
+    ("Gathered._comes", "bool(moment.ended) if self.routers else not moment.reruns", "True"),
     ("backward_bytes._added_to_head", "return head + layers.waits", "return 0 * layers.waits"),
 ) + of(
     FORWARDS,
+    ("stage_forward._left_by_backwards", "return weights", "return 0.0 * weights"),
     ("forward_bytes._with_slices", "2 * numbers.plain(gathered, h) + 2 *", "numbers.plain(gathered, h) + 2 *"),
     ("forward_bytes._whole_experts", "running, run.kept + back", "running, run.kept"),
     ("forward_bytes.forward_bytes", "        before += stream", "        pass"),
