@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_deepseek.arguments.completion import completed
-from megatron_deepseek.cli.plan_options import PROGRAM, job_of, plan_parser, settings_of, task_of, write
+from megatron_deepseek.cli.plan_options import PROGRAM, check_files, job_of, plan_parser, settings_of, task_of, write
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.planning.changes import changes
@@ -24,6 +24,7 @@ def memory(argv: Sequence[str]) -> int:
     """Run `plan.py memory`."""
     parser = plan_parser("memory", "What every rank of a run holds at its peak, and whether it fits.")
     args = parser.parse_args(completed(argv))
+    check_files(args)
     job, gpu = job_of(args)
     task = task_of(args)
     plan = plan_memory(job, gpu, args.memory_limit, task)

@@ -10,6 +10,7 @@ from megatron_deepseek.arguments.completion import completed
 from megatron_deepseek.arguments.lora import lora_settings
 from megatron_deepseek.arguments.parser import build_parser
 from megatron_deepseek.arguments.settings import build_settings
+from megatron_deepseek.data.preprocess.files import refuse_unwritable
 from megatron_deepseek.launch.command_line import OneLineParser
 from megatron_deepseek.model.architecture.adapters import ALL
 from megatron_deepseek.planning.actions import DUAL_PIPE
@@ -91,6 +92,14 @@ def task_of(args: argparse.Namespace) -> Task:
     lora = lora_settings(args) or replace(Task.lora, lora_target=tuple(args.lora_target or (ALL,)))
     return Task(args.task, lora, base_settings(args), args.users, args.context or args.seq_length, args.rollout_ranks,
                 args.serve_weight_bytes)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError for files that the user asked for where none can be written."""
+    for name in ("json", "picture", "trace"):
+        path = getattr(args, name, None)
+        if path is not None:
+            refuse_unwritable(f"--{name}", path)
 
 
 def write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_deepseek.arguments.auto_layout import accept_for, defaults
 from megatron_deepseek.arguments.settings import build_settings
 from megatron_deepseek.arguments.completion import completed
-from megatron_deepseek.cli.plan_options import job_of, plan_parser, write
+from megatron_deepseek.cli.plan_options import check_files, job_of, plan_parser, write
 from megatron_deepseek.cli.plan_time import add_calibration, scales_of
 from megatron_deepseek.planning.candidates import words
 from megatron_deepseek.planning.search import Search
@@ -23,6 +23,7 @@ def plan_search(argv: Sequence[str]) -> int:
     parser = plan_parser("search", DESCRIPTION)
     add_calibration(parser)
     args = parser.parse_args(completed(argv))
+    check_files(args)
     if args.global_batch_size is None:
         raise ValueError("plan.py search needs --global-batch-size: which layouts are good depends on how many "
                          "micro-batches a step has")

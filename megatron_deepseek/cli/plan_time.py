@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_deepseek.arguments import values
 from megatron_deepseek.arguments.completion import completed
-from megatron_deepseek.cli.plan_options import job_of, plan_parser, write
+from megatron_deepseek.cli.plan_options import check_files, job_of, plan_parser, write
 from megatron_deepseek.planning.calibration import calibrated
 from megatron_deepseek.planning.gpus import Gpu
 from megatron_deepseek.planning.job import Job
@@ -32,6 +32,7 @@ def plan_time(argv: Sequence[str]) -> int:
     parser.add_argument("--trace", type=values.path, metavar="FILE",
                         help="also write the step as a trace for Perfetto or chrome://tracing")
     args = parser.parse_args(completed(argv))
+    check_files(args)
     job, gpu = job_of(args)
     scales, words = scales_of(args, job, gpu)
     plan = TimePlan(step_time(job, gpu, scales), words, args.price)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from megatron_deepseek.arguments import parse_or_exit
 from megatron_deepseek.arguments.completion import completed
 from megatron_deepseek.arguments.dry_run import WORST, DryRun, asked
+from megatron_deepseek.data.preprocess.files import refuse_unwritable
 from megatron_deepseek.launch.ending import exit_status
 from megatron_deepseek.launch.program import program
 from megatron_deepseek.planning.job import Job
@@ -30,6 +31,9 @@ def _run(argv: Sequence[str], parser: Callable[[], argparse.ArgumentParser], dat
     wanted = asked(argv)
     if wanted is None:
         return None
+    for option, file in (("--dry-run-json", wanted.json), ("--dry-run-trace", wanted.trace)):
+        if file is not None:
+            refuse_unwritable(option, file)
     size = str(wanted.world_size)
     node = str(min(wanted.world_size, _GPUS_OF_A_NODE))
     settings = parse_or_exit(completed(_with_base(argv), data), {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": node}, parser)

@@ -55,3 +55,19 @@ def refuse_directory(option: str, path: str | os.PathLike):
     """Raise ValueError where the file to write is a directory, before work is spent on it."""
     if os.path.isdir(path):
         raise ValueError(f"{option} {path} is a directory; give the name of a file in it")
+
+
+def refuse_unwritable(option: str, path: str | os.PathLike):
+    """Raise ValueError where `path` cannot be written, before work is spent on what would be in it.
+
+    It leaves no file behind where there was none.
+    """
+    refuse_directory(option, path)
+    there = os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}") from error
+    if not there:
+        os.unlink(path)

@@ -55,10 +55,11 @@ def test_every_task_of_every_engine(engine, task, tmp_path, capsys):
     ("--world-size 8 --gpu h100 --users 0", "--users: 0 is not at least 1"),
     ("--world-size 8 --gpu h100 --json /nowhere/plan.json", "/nowhere/plan.json"),
     ("--world-size 8 --gpu h100 --picture /nowhere/plan.png", "/nowhere/plan.png")])
-def test_mistakes_are_told_in_a_line(arguments, message, capsys):
+def test_mistakes_are_told_in_a_line_before_the_work(arguments, message, capsys):
     assert main(["memory", "--model", "tiny", *arguments.split()]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("plan.py: error: ") and message in line
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert not said.out and line.startswith("plan.py: error: ") and message in line
 
 
 def test_changes_of_the_pipeline_are_tried_too(capsys):

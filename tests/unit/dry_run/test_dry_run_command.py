@@ -34,6 +34,14 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
     assert message in said and said.count("\n") == 1 and said.startswith("pretrain_deepseek.py: error: ")
 
 
+@pytest.mark.parametrize("option", ["--dry-run-json", "--dry-run-trace"])
+def test_a_file_is_refused_before_the_work(capsys, tmp_path, option, monkeypatch):
+    monkeypatch.setattr("megatron_deepseek.dry_run.rank.dry_rank", lambda *_: pytest.fail("it has begun"))
+    for path, why in ((tmp_path / "none" / "x.json", "No such file or directory"), (tmp_path, "is a directory")):
+        said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} {option} {path}", status=2)
+        assert f"{option} {path}" in said and why in said and said.count("\n") == 1
+
+
 def test_preferences_have_no_dry_run(capsys):
     said = lines_of(capsys, f"--dry-run-memory --world-size 2 {TINY} --objective reward --load base",
                     build_finetuning_parser, status=2)
