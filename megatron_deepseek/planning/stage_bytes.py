@@ -111,7 +111,8 @@ def _layers_of_backward(job: Job, stage: int, shapes: LayerShapes, layers: Seque
     of_head = trained(job, Stage(False, (), (), True)).dense if part.loss else 0
     head = of_head * sizes(job).gradient if chunk or not job.splits_backwards else 0.0
     predictions = 1 + job.model.num_nextn_predict_layers if head else 1  # whose gradients of the weight are made now
-    given = received_bytes(job, stage, shapes)["returning"]
+    normed = job.model.num_hidden_layers - 1 in part.layers and not part.mtp  # whose norm makes a gradient of it
+    given = 0 if normed else received_bytes(job, stage, shapes)["returning"]
     tied = head and job.model.tie_word_embeddings  # one weight, whose gradients are added
     embedding = sizes(job).gradient * trained(job, Stage(True, (), (), False)).dense if part.mtp and not tied else 0.0
     held = input_bytes(job, stage, shapes) + output_bytes(job, stage, shapes)  # by torch, until the backward has ended

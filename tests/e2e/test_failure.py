@@ -33,6 +33,8 @@ def look_away():
 @guarded
 def main(failing_rank, sleeping_rank, timeout=600, dying_rank=-1):
     dist.init_process_group("gloo")
+    if dying_rank >= 0:
+        dist.barrier()  # all are connected to it
     if dist.get_rank() == dying_rank:
         os.kill(os.getpid(), signal.SIGKILL)
     group = dist.new_group(group_desc="mesh_tp", timeout=timedelta(seconds=timeout))
