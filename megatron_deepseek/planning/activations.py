@@ -168,8 +168,3 @@ def remaining(kept: Iterable[Kept], again: Iterable[str]) -> Iterator[Kept]:
 def total(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
     """Sum the bytes of what is kept where the modules `again` are recomputed."""
     return sum(each.bytes for each in remaining(kept, again))
-
-
-def staying(kept: Iterable[Kept], again: Iterable[str] = ()) -> float:
-    """Sum the bytes of what offloading leaves on the device."""
-    return sum(each.bytes for each in remaining(kept, again) if each.stays)

@@ -14,7 +14,7 @@ LLAMA = "--model deepseek-r1-distill-llama-8b --num-layers 2"
 BY_LAYER = "--data-parallel-sharding-strategy optim_grads_params"
 LORA = "--bf16 --lora-rank 16"
 
-QUICK = {
+LAYOUTS = {
     "a tied embedding, used twice on a stage": (8, 0, (
         "--model deepseek-llm-7b --num-layers 2 --bf16 --context-parallel-size 4 --seq-length 2496 "
         "--global-batch-size 6 --recompute-granularity full --loss-chunk-size 1024 --tie-word-embeddings")),
@@ -72,9 +72,9 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_drawn_layouts_take_what_is_planned(name):
-    ranks, pp_rank, arguments = QUICK[name]
+    ranks, pp_rank, arguments = LAYOUTS[name]
     tuned = "--lora-rank" in arguments
     given = f"--train-iters 1 {'--load base --dataset x' if tuned else '--data-path x'} {arguments}"
     settings = parse(given.split(), ranks, None, *([build_finetuning_parser] if tuned else []))
